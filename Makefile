@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first target that needs it makes from the pinned constraints.
+VENV   ?= .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+EXTRAS := lm,app,dev
+
+.PHONY: demo test check fmt ci app slow bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/saelab run experiments/quickstart/demo.yaml
+	@echo
+	@echo "Open the browser with:  make app"
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+slow: $(VENV)/ready
+	$(BIN)/pytest -m "slow"
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ci: check test
+
+app: $(VENV)/ready
+	$(BIN)/saelab app runs/demo
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/harvest.py
+	$(BIN)/python benchmarks/reader.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
