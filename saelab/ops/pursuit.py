@@ -1,0 +1,250 @@
+"""Greedy pursuit: each row as a sparse sum of atoms, one atom per step.
+
+Every user of pursuit differs only in the switches of `pursue`:
+
+    sign    the score of atom j is ⟨r, d_j⟩, r the row's residual. "abs" takes the largest |score|;
+            "nonneg" the largest score, and stops when none is above zero; "raw" the largest score,
+            also when it is negative
+    refit   "mp" (matching pursuit) adds the score to the atom's coefficient; "omp" (orthogonal
+            matching pursuit) refits all chosen coefficients by least squares
+    reuse   whether matching pursuit may choose an atom again; its coefficients are then summed
+
+With unit atoms, a matching-pursuit step by v leaves energy ‖r‖² − v² and r orthogonal to the atom.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelab.errors import ShapeError
+from saelab.ops.sparse import decode_ragged
+from saelab.types import SparseLatents
+
+Sign = Literal["abs", "nonneg", "raw"]
+Refit = Literal["mp", "omp"]
+
+GRAM_BYTES = 1 << 30
+"""Largest Gram matrix of the atoms that `pursue` makes by itself."""
+CHUNK_BYTES = 1 << 26
+"""Working memory for the scores of one chunk of rows."""
+BLOCK_ROWS = 32
+"""Rows pursued at once on a CPU: their scores stay in its cache from step to step."""
+NOISE = 16
+"""A row stops when its best score is below this many rounding errors of its own norm."""
+
+
+@dataclass(frozen=True)
+class PursuitTrace:
+    """What a pursuit did, in order: codes are sequential, so their first j steps mean something."""
+
+    order: Int[Tensor, "n steps"]
+    """Atom chosen at each step; −1 once the row has stopped."""
+    coefficients: Float[Tensor, "n steps"]
+    """mp: what each step added; omp: the final coefficient of the atom chosen at that step."""
+    codes: SparseLatents
+    """Coefficients summed over repeats, indices ascending in each row."""
+    residual: Float[Tensor, "n d"]
+    n_steps: Int[Tensor, " n"]
+    """Steps until the row stopped; at least the number of distinct atoms in its code."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    sign: Sign
+    refit: Refit
+    reuse: bool
+    tol: float
+
+
+def pursue(
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "n_atoms d"],
+    k: int,
+    *,
+    sign: Sign = "abs",
+    refit: Refit = "mp",
+    reuse: bool = True,
+    tol: float = 0.0,
+    gram: Float[Tensor, "n_atoms n_atoms"] | None = None,
+) -> PursuitTrace:
+    """Pursue each row of `x` with up to `k` steps; rows do not influence each other.
+
+    A row stops early when its residual norm is at most `tol`, when no score exceeds the rounding
+    error of its own norm, or, for "nonneg", when no score is positive. Atoms are taken as they are:
+    with norms other than 1, matching pursuit loses its energy law. `gram` = atoms @ atoms.T may be
+    given to save making it on every call; without it, it is made when that pays and fits. Memory
+    beyond the result is bounded. Raises ShapeError if k < 1, or for switches that clash.
+    """
+    _check(k, len(atoms), sign, refit)
+    rule = _Rule(sign, refit, reuse and refit == "mp", tol)
+    if refit == "mp" and gram is None and _gram_pays(len(x) * k, atoms):
+        gram = atoms @ atoms.T
+    order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
+    coefficients = x.new_zeros(len(x), k)
+    chunk = max(BLOCK_ROWS, CHUNK_BYTES // (x.element_size() * max(len(atoms), k * atoms.shape[1])))
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        if refit == "mp" and gram is not None:
+            chosen = _pursue_scores(x[rows], atoms, gram, k, rule)
+        else:
+            chosen = _pursue_residual(x[rows], atoms, k, rule)
+        order[rows], coefficients[rows] = chosen
+    codes = _sum_repeats(order, coefficients, len(atoms))
+    residual = x - decode_ragged(codes, atoms)
+    return PursuitTrace(order, coefficients, codes, residual, (order >= 0).sum(1))
+
+
+def pursue_plainly(
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "n_atoms d"],
+    k: int,
+    *,
+    sign: Sign = "abs",
+    refit: Refit = "mp",
+    reuse: bool = True,
+    tol: float = 0.0,
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Return (order, coefficients) by the obvious loop over steps: the reference for `pursue`."""
+    _check(k, len(atoms), sign, refit)
+    return _pursue_residual(x, atoms, k, _Rule(sign, refit, reuse and refit == "mp", tol))
+
+
+def _pursue_residual(
+    x: Float[Tensor, "n d"], atoms: Float[Tensor, "n_atoms d"], k: int, rule: _Rule
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Score every atom against the residual afresh at each step."""
+    order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
+    coefficients = x.new_zeros(len(x), k)
+    banned = None if rule.reuse else torch.zeros(len(x), len(atoms), dtype=torch.bool).to(x.device)
+    residual = x.clone()
+    floor = _floor(x)
+    for step in range(k):
+        atom, score = _choose(residual @ atoms.T, rule.sign, banned)
+        goes = _goes(score, rule.sign, floor) & (residual.norm(dim=1) > rule.tol)
+        order[:, step] = torch.where(goes, atom, -1)
+        if rule.refit == "mp":
+            coefficients[:, step] = torch.where(goes, score, 0)
+            residual = residual - coefficients[:, step, None] * atoms[atom]
+        else:
+            support = order[:, : step + 1]
+            coefficients[:, : step + 1], residual = _least_squares(x, atoms, support)
+        if banned is not None:
+            banned.scatter_(1, atom[:, None], True)
+        if not goes.any():
+            break
+    return order, coefficients
+
+
+def _pursue_scores(
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "n_atoms d"],
+    gram: Float[Tensor, "n_atoms n_atoms"],
+    k: int,
+    rule: _Rule,
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Keep the scores up to date instead of the residual: score ← score − v · gram[j]."""
+    order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
+    coefficients = x.new_zeros(len(x), k)
+    scores, floor, energy = x @ atoms.T, _floor(x), x.square().sum(1)
+    block = BLOCK_ROWS if x.device.type == "cpu" else len(x)
+    for start in range(0, len(x), block):
+        rows = slice(start, start + block)
+        _step_block(
+            scores[rows], gram, floor[rows], energy[rows], rule, order[rows], coefficients[rows]
+        )
+    return order, coefficients
+
+
+def _step_block(
+    scores: Float[Tensor, "n n_atoms"],
+    gram: Float[Tensor, "n_atoms n_atoms"],
+    floor: Float[Tensor, " n"],
+    energy: Float[Tensor, " n"],
+    rule: _Rule,
+    order: Int[Tensor, "n k"],
+    coefficients: Float[Tensor, "n k"],
+) -> None:
+    """Pursue a few rows, in place of their `scores`, `energy`, `order` and `coefficients`."""
+    banned = None if rule.reuse else torch.zeros_like(scores, dtype=torch.bool)
+    buffer, neighbours = torch.empty_like(scores), torch.empty_like(scores)
+    norms = gram.diagonal()
+    for step in range(order.shape[1]):
+        atom, score = _choose(scores, rule.sign, banned, buffer)
+        goes = _goes(score, rule.sign, floor)
+        if rule.tol > 0:
+            goes &= energy > rule.tol**2
+        value = torch.where(goes, score, 0)
+        order[:, step] = torch.where(goes, atom, -1)
+        coefficients[:, step] = value
+        torch.index_select(gram, 0, atom, out=neighbours)
+        scores.addcmul_(neighbours, value[:, None].expand_as(neighbours), value=-1)
+        energy -= value.square() * (2 - norms[atom])
+        if banned is not None:
+            banned.scatter_(1, atom[:, None], True)
+
+
+def _choose(
+    scores: Float[Tensor, "n n_atoms"],
+    sign: Sign,
+    banned: Bool[Tensor, "n n_atoms"] | None,
+    buffer: Float[Tensor, "n n_atoms"] | None = None,
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return each row's best atom and its score."""
+    key = torch.abs(scores, out=buffer) if sign == "abs" else scores
+    if banned is not None:
+        key = key.masked_fill(banned, -torch.inf)
+    best, atom = key.max(1)
+    if sign == "abs":
+        score = scores.gather(1, atom[:, None])[:, 0]
+        return atom, torch.where(best == -torch.inf, 0, score)
+    return atom, torch.where(best == -torch.inf, 0, best)
+
+
+def _goes(score: Float[Tensor, " n"], sign: Sign, floor: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    return (score if sign == "nonneg" else score.abs()) > floor
+
+
+def _floor(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    return x.norm(dim=1) * (NOISE * torch.finfo(x.dtype).eps)
+
+
+def _least_squares(
+    x: Float[Tensor, "n d"], atoms: Float[Tensor, "n_atoms d"], support: Int[Tensor, "n t"]
+) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n d"]]:
+    """Return each row's best coefficients on its support, and the residual they leave."""
+    absent = support < 0
+    chosen = atoms[support.clamp(min=0)].masked_fill(absent[..., None], 0)
+    normal = chosen @ chosen.mT + torch.diag_embed(absent.to(x.dtype))
+    coefficients = torch.linalg.solve(normal, (chosen @ x[..., None]))[..., 0]
+    return coefficients, x - (coefficients[:, None] @ chosen)[:, 0]
+
+
+def _sum_repeats(
+    order: Int[Tensor, "n k"], coefficients: Float[Tensor, "n k"], n_atoms: int
+) -> SparseLatents:
+    rows = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+    used = order >= 0
+    key, place = torch.unique(rows[used] * n_atoms + order[used], return_inverse=True)
+    values = coefficients.new_zeros(len(key)).index_add_(0, place, coefficients[used])
+    key, values = key[values != 0], values[values != 0]
+    counts = torch.bincount(key // n_atoms, minlength=len(order))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseLatents(offsets, key % n_atoms, values, n_atoms)
+
+
+def _gram_pays(n_steps: int, atoms: Float[Tensor, "n_atoms d"]) -> bool:
+    """Whether the Gram matrix fits and costs less than the scores that it saves."""
+    fits = len(atoms) ** 2 * atoms.element_size() <= GRAM_BYTES
+    return fits and len(atoms) < n_steps
+
+
+def _check(k: int, n_atoms: int, sign: Sign, refit: Refit) -> None:
+    if k < 1 or not n_atoms:
+        raise ShapeError(f"pursuit needs at least one step and one atom, got {k} and {n_atoms}.")
+    if refit == "omp" and sign == "nonneg":
+        raise ShapeError(
+            "least squares does not keep coefficients non-negative: use sign='abs', or refit='mp'."
+        )

@@ -1,0 +1,146 @@
+"""Pursuit against known answers, its own laws, and the obvious loop."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saelab.errors import ShapeError
+from saelab.ops.pursuit import pursue, pursue_plainly
+
+ATOMS = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
+X = (2 * ATOMS[0] + ATOMS[1])[None]
+
+
+def unit(n: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def energies(k: int, **rule) -> list[float]:
+    return [float(pursue(X, ATOMS, t, **rule).residual.square().sum()) for t in range(1, k + 1)]
+
+
+def test_signed_matching_pursuit_quarters_the_residual_at_each_step():
+    assert float(X.square().sum()) == pytest.approx(7)
+    assert energies(5) == pytest.approx([0.75, 0.1875, 0.046875, 0.01171875, 0.0029296875])
+    trace = pursue(X, ATOMS, 6)
+    assert trace.order.tolist() == [[0, 1, 0, 1, 0, 1]]
+    assert trace.codes.dense()[0].tolist() == pytest.approx([2.03125, 0.984375])
+    assert trace.codes.l0().tolist() == [2]
+
+
+def test_non_negative_matching_pursuit_stalls_and_stops():
+    trace = pursue(X, ATOMS, 6, sign="nonneg")
+    assert trace.codes.dense()[0].tolist() == pytest.approx([2.5, 0.75])
+    assert float(trace.residual.square().sum()) == pytest.approx(0.1875)
+    assert trace.n_steps.tolist() == [2]
+    assert trace.order.tolist() == [[0, 1, -1, -1, -1, -1]]
+
+
+def test_orthogonal_matching_pursuit_is_exact_in_two_steps():
+    trace = pursue(X, ATOMS, 2, refit="omp")
+    assert trace.codes.dense()[0].tolist() == pytest.approx([2.0, 1.0])
+    assert float(trace.residual.abs().max()) < 1e-12
+
+
+def test_a_raw_score_may_be_negative():
+    trace = pursue(-X, ATOMS, 1, sign="raw")
+    assert trace.order.tolist() == [[1]]
+    assert trace.coefficients.tolist()[0] == pytest.approx([-2.0])
+    assert pursue(-X, ATOMS, 1, sign="nonneg").n_steps.tolist() == [0]
+
+
+@pytest.mark.parametrize("refit", ["mp", "omp"])
+def test_orthonormal_atoms_are_recovered_in_order_of_magnitude_and_then_it_stops(refit):
+    atoms = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+    z = torch.tensor([[0.0, 3.0, 0.0, -5.0, 0.0, 1.0, 0.0, 0.0]])
+    trace = pursue(z @ atoms, atoms, 6, refit=refit)
+    assert trace.n_steps.tolist() == [3]
+    assert trace.order[0, :3].tolist() == [3, 1, 5]
+    torch.testing.assert_close(trace.codes.dense(), z, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 50), k=st.integers(1, 6))
+def test_each_step_takes_its_square_from_the_energy_and_leaves_no_part_of_its_atom(seed, k):
+    atoms, x = unit(12, 5, seed, torch.float64), 3 * unit(4, 5, seed + 99, torch.float64)
+    energy = x.square().sum(1)
+    for t in range(1, k + 1):
+        trace = pursue(x, atoms, t)
+        energy = energy - trace.coefficients[:, -1].square()
+        torch.testing.assert_close(trace.residual.square().sum(1), energy, atol=1e-12, rtol=0)
+        last = atoms[trace.order[:, -1]]
+        assert (trace.residual * last).sum(1).abs().max() < 1e-12
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 50))
+def test_the_residual_of_orthogonal_pursuit_is_orthogonal_to_its_whole_support(seed):
+    atoms, x = unit(12, 6, seed, torch.float64), unit(4, 6, seed + 99, torch.float64)
+    trace = pursue(x, atoms, 3, refit="omp")
+    for row in range(4):
+        support = atoms[trace.order[row]]
+        assert (support @ trace.residual[row]).abs().max() < 1e-12
+        assert len(set(trace.order[row].tolist())) == 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 50),
+    sign=st.sampled_from(["abs", "nonneg", "raw"]),
+    reuse=st.booleans(),
+    tol=st.sampled_from([0.0, 0.5]),
+    n=st.integers(0, 70),
+)
+def test_the_quick_path_does_what_the_plain_loop_does(seed, sign, reuse, tol, n):
+    atoms, x = unit(9, 4, seed, torch.float64), unit(70, 4, seed + 99, torch.float64)[:n]
+    rule = {"sign": sign, "reuse": reuse, "tol": tol}
+    quick = pursue(x, atoms, 12, gram=atoms @ atoms.T, **rule)
+    order, coefficients = pursue_plainly(x, atoms, 12, **rule)
+    torch.testing.assert_close(quick.order, order)
+    torch.testing.assert_close(quick.coefficients, coefficients, atol=1e-12, rtol=0)
+    if not reuse:
+        assert all(
+            len(set(r)) == len(r) for r in ([j for j in row if j >= 0] for row in order.tolist())
+        )
+
+
+def test_atoms_of_any_norm_keep_the_quick_path_equal_to_the_plain_loop():
+    atoms, x = 0.9 * unit(9, 4, 0, torch.float64), unit(5, 4, 1, torch.float64)
+    quick = pursue(x, atoms, 8, gram=atoms @ atoms.T, tol=0.3)
+    torch.testing.assert_close(quick.order, pursue_plainly(x, atoms, 8, tol=0.3)[0])
+
+
+def test_other_rows_and_chunks_change_no_bit_of_a_row(monkeypatch):
+    atoms, x = unit(40, 8, 0), unit(64, 8, 1)
+    whole = pursue(x, atoms, 5).coefficients
+    other = torch.cat([x[:32], 7 * x[:32]])
+    assert torch.equal(pursue(other, atoms, 5).coefficients[:32], whole[:32])
+    monkeypatch.setattr("saelab.ops.pursuit.CHUNK_BYTES", 1)
+    torch.testing.assert_close(pursue(x, atoms, 5).coefficients, whole)
+
+
+def test_one_step_of_pursuit_is_top_one_with_tied_weights():
+    atoms, x = unit(40, 8, 0), unit(16, 8, 1)
+    best, latent = (x @ atoms.T).max(1)
+    trace = pursue(x, atoms, 1, sign="nonneg")
+    torch.testing.assert_close(trace.codes.indices, latent)
+    torch.testing.assert_close(trace.codes.values, best)
+
+
+def test_zero_rows_stop_at_once_and_no_rows_are_fine():
+    atoms = unit(5, 3, 0)
+    trace = pursue(torch.zeros(2, 3), atoms, 2)
+    assert trace.n_steps.tolist() == [0, 0]
+    assert torch.equal(trace.residual, torch.zeros(2, 3))
+    assert pursue(torch.zeros(0, 3), atoms, 2).codes.n_rows == 0
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ShapeError, match="at least one"):
+        pursue(torch.zeros(1, 3), torch.zeros(2, 3), 0)
+    with pytest.raises(ShapeError, match="least squares"):
+        pursue(torch.zeros(1, 3), torch.zeros(2, 3), 1, sign="nonneg", refit="omp")
