@@ -2,12 +2,13 @@
 
 An artifact is a folder written under a hidden temporary name and renamed when complete:
 
-    <out>/<stage>/<name>-<key8>/manifest.json   what it is: schema, stage, key, inputs, parents, file hashes
-                               /run.json        how it came to be: times, host, versions (outside the hash)
+    <out>/<stage>/<name>-<key8>/manifest.json   what it is: schema, stage, key, inputs, parents,
+    file hashes /run.json        how it came to be: times, host, versions (outside the hash)
                                /…               its files
 
-The *key* is the hash of what went in, known before the work starts; the *content hash* is the hash of what
-came out. Children are keyed by their parents' content hashes, so equal content never re-runs a child.
+The *key* is the hash of what went in, known before the work starts; the *content hash* is the hash
+of what came out. Children are keyed by their parents' content hashes, so equal content never
+re-runs a child.
 """
 
 import datetime as dt
@@ -42,7 +43,8 @@ def _syscall(kind: str, path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | Iterable[bytes]) -> str:
-    """Write a file under a temporary name, flush it to disk, rename it; return its sha256 as hex."""
+    """Write a file under a temporary name, flush it to disk, rename it; return its sha256 as
+    hex."""
     temporary = path.with_name(f".{path.name}.tmp")
     sha = hashlib.sha256()
     with temporary.open("wb") as file:
@@ -58,7 +60,8 @@ def write_file(path: Path, data: bytes | Iterable[bytes]) -> str:
 
 
 def append_file(path: Path, data: bytes) -> None:
-    """Append to a log and flush it to disk; a crash may leave a torn last line, which readers drop."""
+    """Append to a log and flush it to disk; a crash may leave a torn last line, which readers
+    drop."""
     _syscall("write", path)
     with path.open("ab") as file:
         file.write(data)
@@ -164,7 +167,8 @@ def stage_key(stage: str, version: int, inputs: dict[str, Any], parents: list[Pa
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a finished artifact's manifest. Raises ArtifactError if it is none, or of another schema."""
+    """Read a finished artifact's manifest. Raises ArtifactError if it is none, or of another
+    schema."""
     if not (folder / MANIFEST).exists():
         raise ArtifactError(
             f"{folder} is not a finished artifact: it has no {MANIFEST}. "
@@ -182,7 +186,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file with its recorded hash. Raises ArtifactError that names the altered file."""
+    """Compare every file with its recorded hash. Raises ArtifactError that names the altered
+    file."""
     for name, entry in read_manifest(folder).files.items():
         path = folder / name
         if not path.exists():
@@ -209,10 +214,11 @@ def content_hash(files: dict[str, dict[str, Any]]) -> str:
 
 
 class Draft:
-    """An artifact being written: a hidden folder that survives a crash and is renamed when complete.
+    """An artifact being written: a hidden folder that survives a crash and is renamed when
+    complete.
 
-    Use `open_draft`. Files are written into `folder`, by `write` or by a library; `finish` hashes them,
-    writes the manifest and renames the folder.
+    Use `open_draft`. Files are written into `folder`, by `write` or by a library; `finish` hashes
+    them, writes the manifest and renames the folder.
     """
 
     def __init__(self, folder: Path, target: Path, key: str) -> None:
@@ -241,7 +247,8 @@ class Draft:
         facts: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> Manifest:
-        """Hash the files, write `run.json` and the manifest, rename the folder; return the manifest."""
+        """Hash the files, write `run.json` and the manifest, rename the folder; return the
+        manifest."""
         if self.scratch.exists():
             shutil.rmtree(self.scratch)
         files: dict[str, dict[str, Any]] = {}
@@ -284,10 +291,12 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
 
 @contextmanager
 def open_draft(out: Path, stage: str, name: str, key: str, *, wait: float = 0.0) -> Iterator[Draft]:
-    """Lock and open the hidden folder of the artifact with this key; what a crash left is kept in it.
+    """Lock and open the hidden folder of the artifact with this key; what a crash left is kept in
+    it.
 
-    Raises LockedError, saying who holds the lock, if another process writes it for longer than `wait`
-    seconds. Leaving without `finish` keeps the folder, so that the same command can resume from it.
+    Raises LockedError, saying who holds the lock, if another process writes it for longer than
+    `wait` seconds. Leaving without `finish` keeps the folder, so that the same command can resume
+    from it.
     """
     target = artifact_path(out, stage, name, key)
     folder = target.with_name(f".{target.name}.partial")

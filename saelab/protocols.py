@@ -1,8 +1,8 @@
 """What the parts of saelab know of each other.
 
-Consumers (train, evals, features, app) are written against the structural protocols here; producers of
-dictionaries inherit exactly one of the three abstract capabilities at the end. Nothing in this module
-computes anything.
+Consumers (train, evals, features, app) are written against the structural protocols here;
+producers of dictionaries inherit exactly one of the three abstract capabilities at the end.
+Nothing in this module computes anything.
 """
 
 from abc import ABC, abstractmethod
@@ -79,8 +79,9 @@ class Encoder(Protocol):
 class Store(Protocol):
     """Activations of one or several aligned sites, with where each row came from.
 
-    Rows are numbered 0 … n_rows − 1 over all positions, masked ones included; windows and documents are
-    runs of consecutive rows. Readers choose a site, and leave out what that site's mask leaves out.
+    Rows are numbered 0 … n_rows − 1 over all positions, masked ones included; windows and
+    documents are runs of consecutive rows. Readers choose a site, and leave out what that site's
+    mask leaves out.
     """
 
     path: Path | None
@@ -94,7 +95,8 @@ class Store(Protocol):
     n_windows: int
 
     def width(self, site: str) -> int:
-        """Return the size of the site's vectors. Raises SiteError, naming the nearest, if unknown."""
+        """Return the size of the site's vectors. Raises SiteError, naming the nearest, if
+        unknown."""
         ...
 
     def n_kept(self, site: str, split: Split) -> int:
@@ -118,9 +120,9 @@ class Store(Protocol):
     ) -> Iterator[Batch]:
         """Yield shuffled batches of kept rows, epoch after epoch, without end.
 
-        Rows are shuffled across documents in bounded memory; the order depends only on the store, `batch`
-        and `seed`. `start` skips that many batches cheaply, so that a resumed run sees the same rows.
-        Raises CorpusError if fewer than `batch` rows are kept.
+        Rows are shuffled across documents in bounded memory; the order depends only on the store,
+        `batch` and `seed`. `start` skips that many batches cheaply, so that a resumed run sees the
+        same rows. Raises CorpusError if fewer than `batch` rows are kept.
         """
         ...
 
@@ -133,7 +135,8 @@ class Store(Protocol):
         masked: bool = False,
         target: str | None = None,
     ) -> Iterator[Batch]:
-        """Yield every row of the split once, in order; masked rows too if asked. The last may be short."""
+        """Yield every row of the split once, in order; masked rows too if asked. The last may be
+        short."""
         ...
 
     def rows(self, site: str, refs: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
@@ -155,7 +158,8 @@ class Store(Protocol):
         ...
 
     def context(self, ref: int, before: int, after: int) -> tuple[list[str], int]:
-        """Return the token strings around a row, inside its window, and the row's place among them."""
+        """Return the token strings around a row, inside its window, and the row's place among
+        them."""
         ...
 
 
@@ -181,9 +185,9 @@ class SiteStats:
 class LanguageModel(Protocol):
     """A causal language model whose activations can be read, replaced and differentiated.
 
-    Every call installs and removes its own hooks under a per-model lock, so two users of one model never
-    see each other's edits. Tokens are right-padded; `lengths` gives the true lengths (default: all full).
-    Logits are float32.
+    Every call installs and removes its own hooks under a per-model lock, so two users of one model
+    never see each other's edits. Tokens are right-padded; `lengths` gives the true lengths
+    (default: all full). Logits are float32.
     """
 
     name: str
@@ -283,7 +287,8 @@ class LanguageModel(Protocol):
     def logit_effect(
         self, site: str, directions: Float[Tensor, "n d"]
     ) -> Float[Tensor, "n d_vocab"]:
-        """Return each direction's direct effect on the logits; see the model for the norm's treatment."""
+        """Return each direction's direct effect on the logits; see the model for the norm's
+        treatment."""
         ...
 
     def to_residual(
@@ -323,7 +328,8 @@ class Loss:
 
 
 class GradientTrained(ABC):
-    """A type that is learnt by gradient steps on batches. Losses live here; loops live in `train`."""
+    """A type that is learnt by gradient steps on batches. Losses live here; loops live in
+    `train`."""
 
     @abstractmethod
     def init_(self, sample: Float[Tensor, "n d_in"], generator: torch.Generator) -> None:
@@ -347,7 +353,8 @@ class GradientTrained(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no resampling rule")
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Turn batch-coupled selection into per-latent thresholds, weights frozen. Default: nothing."""
+        """Turn batch-coupled selection into per-latent thresholds, weights frozen. Default:
+        nothing."""
 
 
 class Streamed(ABC):

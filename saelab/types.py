@@ -1,4 +1,5 @@
-"""The few values that travel between packages: sparse latents, batches, token runs, mask reasons."""
+"""The few values that travel between packages: sparse latents, batches, token runs, mask
+reasons."""
 
 from dataclasses import dataclass
 from enum import IntFlag
@@ -25,7 +26,8 @@ class Mask(IntFlag):
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """A batch of sparse codes in ragged (CSR) form; no zeros are stored, indices are unique per row."""
+    """A batch of sparse codes in ragged (CSR) form; no zeros are stored, indices are unique per
+    row."""
 
     row_offsets: Int[Tensor, " n_plus_1"]
     """int64; row i is `values[row_offsets[i]:row_offsets[i + 1]]`."""
@@ -142,3 +144,56 @@ class SiteInfo:
     layer: int | None
     kind: str
     """One of resid, mlp_out, attn_out, mlp_neurons, heads, embed."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text of a corpus, or any unit of provenance of a store made from bare arrays."""
+
+    number: int
+    """Its number in the store, in order of first appearance."""
+    hash: str
+    """sha256 of the text, as hex; it decides the split."""
+    heldout: bool
+    text: str
+    label: str | int | float | None = None
+    group: int | None = None
+    """Number of the first document it shares windows with; None: it shares none."""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Where each row of a run of rows came from; all columns have the same length."""
+
+    token_id: Int[Tensor, " n"]
+    """int32; −1 where rows are no tokens."""
+    window: Int[Tensor, " n"]
+    """int64; number of the window in the store."""
+    position: Int[Tensor, " n"]
+    """int32; place in the window."""
+    document: Int[Tensor, " n"]
+    """int64; number of the document in the store."""
+    char_start: Int[Tensor, " n"]
+    """int32; first character of the token in its document's text."""
+    char_end: Int[Tensor, " n"]
+    """int32; one past the last character."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return self.token_id.shape[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive whole windows with their activations: what a store's writer takes in at a
+    time."""
+
+    x: dict[str, Float[Tensor, "n d"]]
+    """Per site the rows, masked ones included; the writer converts them to the stored dtype."""
+    mask: dict[str, Shaped[Tensor, " n"]]
+    """Per site uint8 bits of `Mask`."""
+    tokens: TokenTable
+    heldout: Shaped[Tensor, " n"]
+    """bool; whether each row's document belongs to the held-out split."""
+    documents: tuple[Document, ...]
+    """The documents whose first row is in this shard, in order."""

@@ -1,0 +1,289 @@
+"""The `saelab` command: one verb per stage, and the ones that look at what was made."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from saelab.errors import SaelabError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Train, score and browse dictionaries of a language model's activations.",
+)  # fmt: skip
+assets_app = typer.Typer(no_args_is_help=True, help="Named models and texts.")
+cache_app = typer.Typer(no_args_is_help=True, help="Stores shared between runs.")
+store_app = typer.Typer(no_args_is_help=True, help="Stores from your own arrays.")
+app.add_typer(assets_app, name="assets")
+app.add_typer(cache_app, name="cache")
+app.add_typer(store_app, name="store")
+
+console = Console()
+
+Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value …")]
+Folder = Annotated[Path, typer.Argument(help="A run's `out` folder.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")]
+
+
+def main() -> None:
+    """Run the command line; a user's error is one message on stderr and exit code 2."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("saelab").setLevel(logging.INFO)
+    try:
+        app()
+    except SaelabError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. Run the same command to go on.")
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+# ----------------------------------------------------------------------------------------- stages
+
+
+def _run(config: Path, overrides: list[str] | None, until: Any, wait: float) -> None:
+    from saelab import pipeline, report
+
+    loaded = pipeline.load_config(config, overrides or [])
+    steps = pipeline.run(loaded, until=until, wait=wait)
+    _print_steps(steps)
+    for step in steps:
+        if step.stage == "results":
+            console.print()
+            console.print(report.scorecard(step.path))
+    if any(step.stage == "features" for step in steps):
+        console.print(f"\nBrowse it:  saelab app {loaded.out}")
+
+
+def _print_steps(steps: list[Any]) -> None:
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("stage", "status", "artifact", "why"):
+        table.add_column(column, overflow="fold")
+    for step in steps:
+        table.add_row(step.stage, step.status, str(step.path), _escape(step.reason))
+    console.print(table)
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    explain: Annotated[bool, typer.Option(help="Only say what would run, and why.")] = False,
+    wait: Wait = 0.0,
+) -> None:
+    """Make everything that a configuration describes and that is not there yet."""
+    if explain:
+        from saelab import pipeline
+
+        _print_steps(pipeline.explain(pipeline.load_config(config, overrides or [])))
+        return
+    _run(config, overrides, "index", wait)
+
+
+@app.command()
+def harvest(config: Config, overrides: Overrides = None, wait: Wait = 0.0) -> None:
+    """Run up to the store of activations."""
+    _run(config, overrides, "harvest", wait)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, wait: Wait = 0.0) -> None:
+    """Run up to the trained dictionaries."""
+    _run(config, overrides, "train", wait)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, wait: Wait = 0.0) -> None:
+    """Run up to the scorecards."""
+    _run(config, overrides, "evaluate", wait)
+
+
+@app.command()
+def index(config: Config, overrides: Overrides = None, wait: Wait = 0.0) -> None:
+    """Run up to the feature index that the app reads."""
+    _run(config, overrides, "index", wait)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Say what a run will take: tokens, disk, memory and time per stage, from a short probe."""
+    from saelab import pipeline, planning
+
+    console.print(planning.plan(pipeline.load_config(config, overrides or [])))
+
+
+# ---------------------------------------------------------------------------------------- looking
+
+
+@app.command(name="app")
+def open_app(
+    directory: Folder,
+    port: Annotated[int, typer.Option(help="Port on localhost.")] = 8501,
+    headless: Annotated[bool, typer.Option(help="Do not open a browser window.")] = False,
+) -> None:
+    """Browse a run's dictionaries and their features."""
+    try:
+        import saelab_app
+    except ImportError:
+        raise SaelabError("the app needs streamlit: pip install 'saelab[app]'") from None
+    if not directory.is_dir():
+        raise SaelabError(f"{directory} is no folder; give a run's `out`, for example runs/demo")
+    sys.exit(saelab_app.launch(directory, port=port, headless=headless))
+
+
+@app.command(name="list")
+def list_artifacts(directory: Folder) -> None:
+    """List every finished artifact of a run."""
+    from saelab import report
+
+    console.print(report.listing(directory))
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A dictionary's folder.")],
+    second: Annotated[Path, typer.Argument(help="Another's.")],
+) -> None:
+    """Compare two dictionaries: how they were made, how they score."""
+    from saelab import report
+
+    console.print(report.comparison(first, second))
+
+
+@app.command()
+def lineage(path: Annotated[Path, typer.Argument(help="Any artifact's folder.")]) -> None:
+    """Print what an artifact was made from, back to the text."""
+    from saelab import report
+
+    console.print(report.lineage(path))
+
+
+@app.command(name="report")
+def write_report(
+    directory: Folder,
+    output: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
+) -> None:
+    """Print every scorecard of a run, or write them as Markdown."""
+    from saelab import artifacts, report
+
+    results = [path for path, _ in artifacts.find_all(directory, "results")]
+    if not results:
+        raise SaelabError(f"{directory} holds no results; `saelab evaluate CONFIG` makes some")
+    if output is not None:
+        text = "\n".join(report.markdown(path) for path in results)
+        artifacts.write_file(output, text.encode())
+        console.print(f"wrote {output}")
+        return
+    for path in results:
+        console.print(report.scorecard(path))
+        console.print()
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="A named asset, hub:org/name, a folder, or toy.")],
+) -> None:
+    """List a model's sites with their widths."""
+    from saelab import api
+
+    loaded = api.load_model(model, dtype="float32", device="cpu")
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("site", "width", "kind"):
+        table.add_column(column, justify="right" if column == "width" else "left")
+    for site in loaded.sites():
+        table.add_row(site.name, str(site.width), site.kind)
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, extras, device, disk, cached assets."""
+    from saelab import planning
+
+    console.print(planning.doctor())
+
+
+# ------------------------------------------------------------------------- assets, cache and arrays
+
+
+@assets_app.command("list")
+def assets_list() -> None:
+    """List the named assets, their licences and whether they are cached."""
+    from saelab import assets
+    from saelab.report import human_bytes
+
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("name", "size", "cached", "licence", "what"):
+        table.add_column(column, overflow="fold")
+    for asset in assets.CATALOGUE.values():
+        cached = "yes" if assets.is_cached(asset.name) else "no"
+        table.add_row(asset.name, human_bytes(asset.size), cached, asset.licence, asset.description)
+    console.print(table)
+
+
+@assets_app.command("fetch")
+def assets_fetch(name: Annotated[str, typer.Argument(help="A named asset or a source.")]) -> None:
+    """Download an asset into the cache and check it."""
+    from saelab import assets
+
+    console.print(str(assets.resolve(name).path))
+
+
+@assets_app.command("verify")
+def assets_verify() -> None:
+    """Compare every cached asset with its pinned checksum."""
+    from saelab import assets
+
+    for name, state in assets.verify().items():
+        console.print(f"{name}: {state}")
+
+
+@cache_app.command("list")
+def cache_list() -> None:
+    """List the shared stores."""
+    from saelab import api, report
+
+    console.print(report.listing(api.shared_stores()))
+
+
+@cache_app.command("rm")
+def cache_rm(key: Annotated[str, typer.Argument(help="The start of a store's key.")]) -> None:
+    """Remove a shared store; runs that need it harvest again."""
+    from saelab import api
+
+    console.print(f"removed {api.remove_shared_store(key)}")
+
+
+@store_app.command("from-npy")
+def store_from_npy(
+    array: Annotated[Path, typer.Argument(help="An .npy file of shape [rows, width].")],
+    out: Annotated[Path, typer.Option(help="Folder that receives store/<name>-<key>.")],
+    name: Annotated[str, typer.Option(help="What to call the store.")] = "arrays",
+    site: Annotated[str, typer.Option(help="What to call the site.")] = "x",
+    documents: Annotated[
+        Path | None, typer.Option(help="An .npy of document numbers, one per row.")
+    ] = None,
+    holdout: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float32",
+) -> None:
+    """Make a store from your own array, without any language model."""
+    from saelab import api
+
+    path = api.store_from_arrays(
+        {site: array}, out, name=name, documents=documents, holdout=holdout, dtype=dtype
+    )
+    console.print(str(path))

@@ -1,0 +1,198 @@
+"""Tables of finished artifacts: the scorecard, the list, the comparison of two dictionaries."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from saelab import artifacts
+from saelab.artifacts import Manifest
+from saelab.errors import ArtifactError
+
+_LEADING = ("fvu", "l0", "dead_share", "ce_recovered_zero", "ce_recovered_mean", "kl", "delta_ce")
+
+
+def read_rows(results: Path) -> list[dict[str, Any]]:
+    """Return a results artifact's rows."""
+    text = (results / "results.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def pretty(value: float, error: float | None = None) -> str:
+    """Format a number with its standard error, to the error's digits: `0.1782 ± 0.0009`."""
+    if not math.isfinite(value):
+        return str(value)
+    if error is None or error <= 0 or not math.isfinite(error):
+        return f"{value:.4g}"
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 8)
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def scorecard(results: Path) -> Group:
+    """Return the table of one results artifact: a row per metric, a column per arm."""
+    rows, manifest = read_rows(results), artifacts.read_manifest(results)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    names = sorted({row["name"] for row in rows}, key=_order)
+    cells = {(row["name"], row["arm"]): row for row in rows}
+    head = Text(f"{manifest.name}  ({results.name})", style="bold")
+    tables = []
+    for part in _columns(arms):
+        table = Table(show_edge=False, pad_edge=False, header_style="bold")
+        table.add_column("metric")
+        for arm in part:
+            table.add_column(arm, justify="right")
+        for name in names:
+            found = [cells.get((name, arm)) for arm in part]
+            if any(found):
+                table.add_row(name, *(_cell(row) for row in found))
+        tables.append(table)
+    note = Text("± is one standard error (bootstrap over documents); docs/metrics.md", style="dim")
+    return Group(head, *tables, note)
+
+
+def _order(name: str) -> tuple[int, str]:
+    return (_LEADING.index(name) if name in _LEADING else len(_LEADING), name)
+
+
+def _columns(arms: list[str], width: int = 4) -> list[list[str]]:
+    return [arms[i : i + width] for i in range(0, len(arms), width)]
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "" if row is None else pretty(row["value"], row["standard_error"])
+
+
+def markdown(results: Path) -> str:
+    """Return the scorecard as a Markdown table, for reports."""
+    rows, manifest = read_rows(results), artifacts.read_manifest(results)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["name"], row["arm"]): row for row in rows}
+    lines = [f"## {manifest.name}", "", f"`{results}`", ""]
+    lines += [
+        "| metric | unit | n | " + " | ".join(arms) + " |",
+        "|---|---|--:|" + "--:|" * len(arms),
+    ]
+    for name in sorted({row["name"] for row in rows}, key=_order):
+        first = next(row for row in rows if row["name"] == name)
+        values = " | ".join(_cell(cells.get((name, arm))) for arm in arms)
+        lines.append(f"| {name} | {first['unit']} | {first['n']} | {values} |")
+    return "\n".join([*lines, ""])
+
+
+def listing(out: Path) -> Table:
+    """Return a table of every finished artifact under a folder."""
+    found = artifacts.find_all(out)
+    if not found:
+        raise ArtifactError(f"{out} holds no finished artifact; `saelab run CONFIG` makes some")
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("stage", "name", "key", "size", "made", "about"):
+        table.add_column(column)
+    for path, manifest in found:
+        size = sum(entry["size"] for entry in manifest.files.values())
+        made = artifacts.read_json(path / artifacts.RUN)["started"][:16].replace("T", " ")
+        table.add_row(
+            manifest.stage,
+            manifest.name,
+            manifest.key[:8],
+            human_bytes(size),
+            made,
+            _about(manifest),
+        )
+    return table
+
+
+def human_bytes(size: float) -> str:
+    """Format a number of bytes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def _about(manifest: Manifest) -> str:
+    facts = manifest.facts
+    if manifest.stage == "store":
+        return f"{facts['n_rows']:,} rows of {', '.join(facts['sites'])}"
+    if manifest.stage == "dictionary":
+        return f"{facts['type']} {facts['d_sae']} × k {facts.get('k')} on {facts['site']}"
+    if manifest.stage == "results":
+        return f"{facts['n_results']} numbers by {', '.join(facts['evals'])}"
+    return f"{facts['d_sae']} latents"
+
+
+def lineage(path: Path) -> Text:
+    """Return an artifact's ancestry with the inputs of each step."""
+    text = Text()
+    for depth, folder, manifest in artifacts.lineage(path):
+        run = artifacts.read_json(folder / artifacts.RUN)
+        pad = "    " * depth
+        text.append(f"{pad}{manifest.stage} {folder.name}\n", style="bold")
+        text.append(f"{pad}  content {manifest.content_hash[:16]}  made {run['started'][:19]}")
+        text.append(
+            f" in {run['seconds']:.0f} s with saelab {run['saelab']}, torch {run['torch']}\n"
+        )
+        for key, value in manifest.inputs.items():
+            text.append(f"{pad}  {key}: {json.dumps(value, ensure_ascii=False)}\n", style="dim")
+    return text
+
+
+def comparison(first: Path, second: Path) -> Group:
+    """Compare two dictionaries: what differs in their making, and their scores side by side."""
+    manifests = [artifacts.read_manifest(p) for p in (first, second)]
+    for path, manifest in zip((first, second), manifests, strict=True):
+        if manifest.stage != "dictionary":
+            raise ArtifactError(f"{path} is a {manifest.stage}; compare takes two dictionaries")
+    made = Table(show_edge=False, pad_edge=False, header_style="bold", title="made with")
+    for column in ("field", first.name, second.name):
+        made.add_column(column)
+    flat = [_flatten(m.inputs) for m in manifests]
+    for key in sorted(flat[0].keys() | flat[1].keys()):
+        left, right = (f.get(key) for f in flat)
+        if left != right:
+            made.add_row(key, str(left), str(right))
+    scores = Table(show_edge=False, pad_edge=False, header_style="bold", title="scores")
+    for column in ("metric", first.name, second.name, "difference / its error"):
+        scores.add_column(column, justify="left" if column == "metric" else "right")
+    rows = [_dictionary_rows(p, m) for p, m in zip((first, second), manifests, strict=True)]
+    for name in sorted(rows[0].keys() & rows[1].keys(), key=_order):
+        a, b = rows[0][name], rows[1][name]
+        scores.add_row(name, _cell(a), _cell(b), _difference(a, b))
+    note = Text(
+        "The error of a difference is taken as if the two were independent; scores on the same "
+        "documents are positively related, so it is an upper bound.", style="dim"
+    )  # fmt: skip
+    return Group(made, Text(), scores, note)
+
+
+def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    gap = b["value"] - a["value"]
+    if not a["standard_error"] or not b["standard_error"]:
+        return f"{gap:+.4g}"
+    return f"{gap:+.4g} / {math.hypot(a['standard_error'], b['standard_error']):.2g}"
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _dictionary_rows(path: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Return the newest scores of a dictionary, by metric; empty if it has none."""
+    scored = [
+        folder
+        for folder, m in artifacts.find_all(path.resolve().parents[1], "results")
+        if any(p.content_hash == manifest.content_hash for p in m.parents)
+    ]
+    if not scored:
+        return {}
+    return {row["name"]: row for row in read_rows(scored[-1]) if row["arm"] == "dictionary"}
