@@ -65,6 +65,7 @@ class Dictionary(Protocol):
         ...
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A way to turn a batch into codes for one dictionary; the default is the dictionary's own."""
 
@@ -76,6 +77,7 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Store(Protocol):
     """Activations of one or several aligned sites, with where each row came from.
 
@@ -182,6 +184,7 @@ class SiteStats:
         return self.mean_square_norm - float((self.mean.double() ** 2).sum())
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """A causal language model whose activations can be read, replaced and differentiated.
 
@@ -298,6 +301,7 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Scores one dictionary on one store, with a live model where the metric needs one."""
 
