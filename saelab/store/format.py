@@ -1,0 +1,109 @@
+"""The store's files: their names, dtypes and columns, and safetensors read through memory maps.
+
+    shard-00000.safetensors    per site `{site}` (n, d) and `mask:{site}` (n,) uint8; 0 = kept
+    tokens-00000.safetensors   the columns of `types.TokenTable` for the same rows
+    documents-00000.jsonl      the documents whose first row is in this shard
+    index.safetensors          first row of each shard and window; split, group and place of each document
+    stats.safetensors          per site the float64 mean of the kept training rows
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from saelab.errors import ArtifactError
+
+INDEX = "index.safetensors"
+STATS = "stats.safetensors"
+STAGE = "store"
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+COLUMNS = {
+    "token_id": torch.int32,
+    "window": torch.int64,
+    "position": torch.int32,
+    "document": torch.int64,
+    "char_start": torch.int32,
+    "char_end": torch.int32,
+}
+
+# bfloat16 is unknown to NumPy: two-byte floats are mapped as integers and seen as floats by torch.
+_NUMPY = {
+    "F16": np.dtype("<i2"),
+    "BF16": np.dtype("<i2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard's activations and masks."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def tokens_name(number: int) -> str:
+    """Return the file name of a shard's token table."""
+    return f"tokens-{number:05d}.safetensors"
+
+
+def documents_name(number: int) -> str:
+    """Return the file name of the documents that begin in a shard."""
+    return f"documents-{number:05d}.jsonl"
+
+
+def mask_name(site: str) -> str:
+    """Return the tensor name of a site's mask bits."""
+    return f"mask:{site}"
+
+
+def to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file without metadata: the same bytes every time."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Map the tensors of a safetensors file into memory, read-only; two-byte floats appear as int16.
+
+    Raises ArtifactError naming the file if it is missing, truncated or malformed.
+    """
+    header, start = _header(path)
+    payload = path.stat().st_size - start
+    tensors: dict[str, np.ndarray] = {}
+    whole = np.asarray(np.memmap(path, mode="r", offset=start, shape=(payload,)))
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        dtype = _NUMPY.get(entry["dtype"])
+        shape = tuple(entry["shape"])
+        if dtype is None or last > payload or last - first != math.prod(shape) * dtype.itemsize:
+            raise _altered(path, f"its tensor {name!r} does not fit in the file")
+        tensors[name] = whole[first:last].view(dtype).reshape(shape)
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict, int]:
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > path.stat().st_size - 8:
+                raise _altered(path, "its header is longer than the file")
+            return json.loads(file.read(size)), 8 + size
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing from the store; make the store again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise _altered(path, "its header is not valid") from None
+
+
+def _altered(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} was truncated or altered ({why}); delete the store and run the same command again"
+    )

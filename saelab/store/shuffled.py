@@ -1,0 +1,141 @@
+"""Shuffled reading: blocks permuted over the whole store, through a buffer of bounded size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.ops import shuffle
+from saelab.store.maps import ShardMaps
+from saelab.types import Batch
+
+BLOCK = 16
+"""Rows that are read together: large enough for a disk, small enough to mix documents."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which rows a shuffled reading gives, and the numbers that its order depends on."""
+
+    sites: tuple[str, ...]
+    """The input site, and the target site if there is one; rows are kept by both masks."""
+    split: str
+    batch: int
+    seed: int
+    flows: bool
+    """Whether batches run on over the end of an epoch; else its last batch is short."""
+
+
+@final
+class Shuffler:
+    """Gives one `Order` of a store's rows without end, from any place in it."""
+
+    def __init__(
+        self, maps: ShardMaps, order: Order, dtype: torch.dtype, widths: list[int], n_bytes: int
+    ) -> None:
+        """Count the chosen rows; the buffer takes `n_bytes`, but holds at least 8 batches."""
+        self._maps = maps
+        self._order = order
+        self._dtype = dtype
+        self._widths = widths
+        self._counts = self._count()
+        self.total = int(self._counts.sum())
+        per_row = sum(widths) * dtype.itemsize
+        self._capacity = max(n_bytes // per_row, 8 * order.batch)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yield batches from number `start` on."""
+        batch = self._order.batch
+        per_epoch = self.total if self._order.flows else -(-self.total // batch) * batch
+        epoch, offset = divmod(start * batch, per_epoch)
+        pieces: list[Batch] = []
+        missing = batch
+        while True:
+            for order in self._epoch(epoch, offset):
+                while len(order):
+                    pieces.append(self._take(order[:missing]))
+                    order = order[missing:]
+                    missing -= len(pieces[-1])
+                    if missing == 0:
+                        yield _join(pieces)
+                        pieces, missing = [], batch
+            if pieces and not self._order.flows:
+                yield _join(pieces)
+                pieces, missing = [], batch
+            epoch, offset = epoch + 1, 0
+
+    def _epoch(self, epoch: int, offset: int) -> Iterator[Int[Tensor, " n"]]:
+        """Fill the buffer again and again; yield each time the order in which to take its rows."""
+        seed = self._order.seed
+        plan = shuffle.block_order(self._counts, self._capacity, seed, epoch)
+        for number, row_end in enumerate(plan.row_ends):
+            row_start = int(plan.row_ends[number - 1]) if number else 0
+            if row_end <= offset:
+                continue
+            n = self._fill(plan.buffer(number))
+            yield shuffle.permutation(n, seed, epoch, number)[max(0, offset - row_start) :]
+
+    # --------------------------------------------------------------------------------- the buffer
+
+    def _fill(self, blocks: Int[np.ndarray, " m"]) -> int:
+        """Read the chosen rows of some blocks into the buffer; return how many there are."""
+        rows = self._rows(blocks)
+        rows = rows[self._maps.chosen(rows, self._order.sites, self._order.split)]
+        for site, space in zip(self._order.sites, self._space, strict=True):
+            self._maps.gather(site, rows, space[: len(rows)])
+        self._numbers = torch.from_numpy(rows)
+        self._units = torch.from_numpy(self._maps.units(rows))
+        return len(rows)
+
+    @cached_property
+    def _space(self) -> list[np.ndarray]:
+        n = min(self._capacity + BLOCK, self.total)
+        sites = zip(self._order.sites, self._widths, strict=True)
+        return [np.empty((n, width), dtype=self._maps.dtype(site)) for site, width in sites]
+
+    def _take(self, order: Int[Tensor, " n"]) -> Batch:
+        x, *others = [self._floats(torch.from_numpy(space), order) for space in self._space]
+        return Batch(x, others[0] if others else x, self._numbers[order], self._units[order])
+
+    def _floats(self, space: Tensor, order: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        return space.index_select(0, order).view(self._dtype).float()
+
+    # --------------------------------------------------------------------------------- the blocks
+
+    def _count(self) -> Int[np.ndarray, " n_blocks"]:
+        """Count the chosen rows of each block; blocks start anew with each shard."""
+        parts = []
+        for first, last in self._maps.bounds():
+            chosen = self._maps.chosen(
+                np.arange(first, last), self._order.sites, self._order.split
+            )
+            parts.append(np.add.reduceat(chosen, np.arange(0, last - first, BLOCK), dtype=np.int64))
+        return np.concatenate(parts)
+
+    @cached_property
+    def _block_first(self) -> Int[np.ndarray, " n_blocks_plus_1"]:
+        """First row of each block, and one past the last row."""
+        starts = [np.arange(first, last, BLOCK) for first, last in self._maps.bounds()]
+        return np.concatenate([*starts, self._maps.shard_first[-1:]])
+
+    def _rows(self, blocks: Int[np.ndarray, " m"]) -> Int[np.ndarray, " n"]:
+        rows = self._block_first[blocks][:, None] + np.arange(BLOCK)
+        return rows[rows < self._block_first[blocks + 1][:, None]]
+
+
+def _join(pieces: list[Batch]) -> Batch:
+    if len(pieces) == 1:
+        return pieces[0]
+    x = torch.cat([piece.x for piece in pieces])
+    same = all(piece.y is piece.x for piece in pieces)
+    return Batch(
+        x,
+        x if same else torch.cat([piece.y for piece in pieces]),
+        torch.cat([piece.rows for piece in pieces]),
+        torch.cat([piece.documents for piece in pieces]),
+    )

@@ -1,0 +1,275 @@
+"""Writes a store shard by shard, behind the work that makes the rows, and resumes after a crash.
+
+A shard's three files are written first, then a small cursor in the draft's scratch folder with the shard's
+partial statistics: a shard without a cursor is made again. Statistics are exact float64 partials combined in
+shard order, so an interrupted store equals an uninterrupted one in every byte.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from saelab import artifacts
+from saelab.config import canonical_json
+from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError, nearest
+from saelab.store import format as fmt
+from saelab.types import Document, Mask, Shard
+
+_log = logging.getLogger(__name__)
+_CHUNK = 4096
+DEFAULT_ROWS_PER_SHARD = 32_768
+
+
+@final
+class StoreWriter:
+    """Appends shards of whole windows to an artifact's draft; use it in a `with` block.
+
+    `rows_per_shard` is advice to whoever cuts the shards, and is recorded. Writing happens in one
+    background thread, at most one shard behind; its errors surface at the next call.
+    """
+
+    def __init__(
+        self,
+        draft: artifacts.Draft,
+        sites: Mapping[str, int],
+        dtype: str,
+        *,
+        rows_per_shard: int = DEFAULT_ROWS_PER_SHARD,
+    ) -> None:
+        """Open the draft for these sites (name → width). Raises ConfigError on an unknown dtype."""
+        if dtype not in fmt.DTYPES:
+            raise ConfigError(f"unknown store dtype {dtype!r}; {nearest(dtype, [*fmt.DTYPES])}")
+        self.sites = dict(sites)
+        self.dtype = dtype
+        self.rows_per_shard = rows_per_shard
+        self._draft = draft
+        draft.scratch.mkdir(parents=True, exist_ok=True)
+        self.n_shards = 0
+        while self._cursor_path(self.n_shards).exists():
+            self.n_shards += 1
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the background thread; what it raised has been or will be seen elsewhere."""
+        self._pool.shutdown(wait=True)
+
+    def cursor(self) -> dict[str, Any] | None:
+        """Return what was given with the last complete shard, or None for an empty draft."""
+        if self.n_shards == 0:
+            return None
+        return artifacts.read_json(self._cursor_path(self.n_shards - 1))["given"]
+
+    def append(self, shard: Shard, cursor: dict[str, Any] | None = None) -> None:
+        """Write a shard, and with it the state from which its maker can go on.
+
+        Raises ShapeError if the shard does not have the writer's sites and widths, and, at the latest
+        with the next call, NonFiniteError if a kept row holds NaN, infinity or too large a value.
+        """
+        self._check(shard)
+        self.wait()
+        self._pending = self._pool.submit(self._write, self.n_shards, shard, cursor or {})
+        self.n_shards += 1
+
+    def wait(self) -> None:
+        """Wait until all shards are on disk, and raise what writing them raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def finish(
+        self, *, median_norm: Mapping[str, float], facts: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Write index and statistics; return the manifest's facts, with `facts` added.
+
+        `median_norm` is the median of ‖x‖ per site in the pre-pass that fixed the norm outliers.
+        """
+        self.wait()
+        if self.n_shards == 0:
+            raise ArtifactError("a store needs at least one row; nothing was appended to this one")
+        partials = [artifacts.read_json(self._cursor_path(i)) for i in range(self.n_shards)]
+        sites = {site: _combine([p["sites"][site] for p in partials]) for site in self.sites}
+        means = {site: torch.tensor(s["sum"], dtype=torch.float64) for site, s in sites.items()}
+        for site, total in sites.items():
+            means[site] /= max(total["kept"]["train"], 1)
+        self._draft.write(fmt.STATS, fmt.to_bytes(means))
+        index = _index(self._draft.folder, self.n_shards)
+        self._draft.write(fmt.INDEX, fmt.to_bytes(index))
+        return {
+            "n_rows": int(index["shard_first_row"][-1]),
+            "n_windows": len(index["window_first_row"]) - 1,
+            "n_documents": len(index["document_shard"]),
+            "n_shards": self.n_shards,
+            "dtype": self.dtype,
+            "rows_per_shard": self.rows_per_shard,
+            "sites": self.sites,
+            "kept": {site: s["kept"] for site, s in sites.items()},
+            "masked": {site: s["masked"] for site, s in sites.items()},
+            "stats": {site: _scalars(s, float(median_norm[site])) for site, s in sites.items()},
+        } | (facts or {})
+
+    def discard(self) -> None:
+        """Remove everything written so far, when the source turns out to be unusable."""
+        self._pool.shutdown(wait=True)
+        for number in reversed(range(self.n_shards)):
+            self._cursor_path(number).unlink(missing_ok=True)
+            for name in (fmt.shard_name, fmt.tokens_name, fmt.documents_name):
+                (self._draft.folder / name(number)).unlink(missing_ok=True)
+        self.n_shards = 0
+
+    def _cursor_path(self, number: int) -> Path:
+        return self._draft.scratch / f"cursor-{number:05d}.json"
+
+    def _check(self, shard: Shard) -> None:
+        widths = {site: x.shape[1] for site, x in shard.x.items()}
+        if widths != self.sites:
+            raise ShapeError(f"this store holds sites {self.sites}, but a shard has {widths}")
+        n = len(shard.tokens)
+        for site in self.sites:
+            if len(shard.x[site]) != n or len(shard.mask[site]) != n:
+                raise ShapeError(f"the token table has {n} rows, but site {site!r} has another")
+
+    def _write(self, number: int, shard: Shard, given: dict[str, Any]) -> None:
+        tensors: dict[str, Tensor] = {}
+        partial = {}
+        for site in self.sites:
+            x = shard.x[site].to(fmt.DTYPES[self.dtype])
+            mask, partial[site] = _measure(site, x, shard)
+            tensors |= {site: x, fmt.mask_name(site): mask}
+        columns = {name: getattr(shard.tokens, name).to(t) for name, t in fmt.COLUMNS.items()}
+        self._draft.write(fmt.shard_name(number), fmt.to_bytes(tensors))
+        self._draft.write(fmt.tokens_name(number), fmt.to_bytes(columns))
+        self._draft.write(fmt.documents_name(number), _lines(shard.documents))
+        cursor = {"rows": len(shard.tokens), "sites": partial, "given": given}
+        artifacts.write_file(self._cursor_path(number), canonical_json(cursor).encode())
+
+
+def _lines(documents: tuple[Document, ...]) -> bytes:
+    lines = []
+    for document in documents:
+        data = asdict(document) | {"document": document.number}
+        data["group"] = document.number if document.group is None else document.group
+        del data["number"]
+        lines.append(json.dumps(data, sort_keys=True, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
+
+
+def _measure(
+    site: str, x: Float[Tensor, "n d"], shard: Shard
+) -> tuple[Shaped[Tensor, " n"], dict[str, Any]]:
+    """Return the mask with NONFINITE set where it holds, and exact sums over the kept training rows."""
+    mask = shard.mask[site].clone()
+    train = ~shard.heldout
+    total = torch.zeros(x.shape[1], dtype=torch.float64)
+    norm = square = 0.0
+    for start in range(0, len(x), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        wide = x[part].double()
+        squares = wide.square().sum(1)
+        _refuse_nonfinite(site, shard, start, squares, mask[part])
+        chosen = (mask[part] == 0) & train[part]
+        total += wide[chosen].sum(0)
+        norm += float(squares[chosen].sqrt().sum())
+        square += float(squares[chosen].sum())
+    kept = mask == 0
+    counts = {"train": int((kept & train).sum()), "heldout": int((kept & shard.heldout).sum())}
+    masked = {str(r.name): int((mask & int(r)).ne(0).sum()) for r in Mask}
+    sums = {"sum": total.tolist(), "norm": norm, "square": square}
+    return mask, sums | {"kept": counts, "masked": masked}
+
+
+def _refuse_nonfinite(
+    site: str, shard: Shard, start: int, squares: Float[Tensor, " m"], mask: Shaped[Tensor, " m"]
+) -> None:
+    """Mark non-finite rows in `mask`; raise if one of them was to be kept."""
+    bad = ~squares.isfinite()
+    if not bad.any():
+        return
+    if not (bad & (mask == 0)).any():
+        _log.warning(
+            "site %s: %d masked rows hold NaN, infinity or values that the store's dtype cannot hold",
+            site,
+            int(bad.sum()),
+        )
+        mask[bad] |= int(Mask.NONFINITE)
+        return
+    row = start + int((bad & (mask == 0)).nonzero()[0])
+    given = shard.x[site][row]
+    what = "NaN or infinity"
+    advice = "check the model's dtype (float16 models overflow) or mask these positions"
+    if given.isfinite().all():
+        what = f"{float(given.abs().max()):.4g}, more than float16 can hold"
+        advice = "set harvest.dtype to bfloat16 or float32"
+    raise NonFiniteError(
+        f"site {site!r} holds {what} at position {int(shard.tokens.position[row])} of window "
+        f"{int(shard.tokens.window[row])}, document {int(shard.tokens.document[row])}; {advice}"
+    )
+
+
+def _combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add the shards' partial sums in shard order."""
+    total = np.zeros(len(parts[0]["sum"]))
+    for part in parts:
+        total += np.array(part["sum"])
+    return {
+        "sum": total,
+        "norm": _add(part["norm"] for part in parts),
+        "square": _add(part["square"] for part in parts),
+        "kept": {k: sum(p["kept"][k] for p in parts) for k in parts[0]["kept"]},
+        "masked": {k: sum(p["masked"][k] for p in parts) for k in parts[0]["masked"]},
+    }
+
+
+def _add(values: Any) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def _scalars(total: dict[str, Any], median_norm: float) -> dict[str, float | int]:
+    n = total["kept"]["train"]
+    return {
+        "n": n,
+        "mean_norm": total["norm"] / max(n, 1),
+        "mean_square_norm": total["square"] / max(n, 1),
+        "median_norm": median_norm,
+    }
+
+
+def _index(folder: Path, n_shards: int) -> dict[str, Tensor]:
+    """Read back the token tables and documents, and note where windows and documents lie."""
+    shard_rows, windows = [0], []
+    documents: dict[str, list[int]] = {name: [] for name in ("heldout", "group", "shard", "offset")}
+    for number in range(n_shards):
+        window = np.asarray(fmt.map_tensors(folder / fmt.tokens_name(number))["window"])
+        starts = np.flatnonzero(np.diff(window, prepend=-1))
+        windows.append(starts + shard_rows[-1])
+        shard_rows.append(shard_rows[-1] + len(window))
+        offset = 0
+        for line in (folder / fmt.documents_name(number)).read_bytes().splitlines(keepends=True):
+            data = json.loads(line)
+            place = {"heldout": data["heldout"], "group": data["group"]}
+            for name, value in (place | {"shard": number, "offset": offset}).items():
+                documents[name].append(int(value))
+            offset += len(line)
+    first = np.concatenate([*windows, [shard_rows[-1]]])
+    index = {"shard_first_row": shard_rows, "window_first_row": first}
+    tensors = {name: torch.as_tensor(value, dtype=torch.int64) for name, value in index.items()}
+    for name, values in documents.items():
+        dtype = torch.uint8 if name == "heldout" else torch.int64
+        tensors[f"document_{name}"] = torch.tensor(values, dtype=dtype)
+    return tensors
