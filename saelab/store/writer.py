@@ -149,7 +149,10 @@ class StoreWriter:
             x = shard.x[site].to(fmt.DTYPES[self.dtype])
             mask, partial[site] = _measure(site, x, shard)
             tensors |= {site: x, fmt.mask_name(site): mask}
-        columns = {name: getattr(shard.tokens, name).to(t) for name, t in fmt.COLUMNS.items()}
+        columns = {
+            name: getattr(shard.tokens, name).to(dtype, copy=True)
+            for name, dtype in fmt.COLUMNS.items()
+        }
         self._draft.write(fmt.shard_name(number), fmt.to_bytes(tensors))
         self._draft.write(fmt.tokens_name(number), fmt.to_bytes(columns))
         self._draft.write(fmt.documents_name(number), _lines(shard.documents))
