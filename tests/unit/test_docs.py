@@ -1,0 +1,64 @@
+"""The documents agree with the code: links resolve, pages exist, marked examples run."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from saelab import errors
+from saelab.dictionaries import REGISTRY
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]*)\)")
+RUN = re.compile(r"<!-- run -->\n```python\n(.*?)```", re.DOTALL)
+
+
+def headings(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_internal_link_resolves(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in LINK.findall(prose):
+        path, _, fragment = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name} links to {target}"
+        if fragment:
+            assert fragment in map(anchor, headings(there)), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_every_dictionary_type_has_its_page(name):
+    text = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    for section in ("## Equations", "## When it fails", "**Paper.**"):
+        assert section in text
+
+
+def test_every_error_class_has_its_section_and_no_section_lacks_a_class():
+    tree = ast.parse(Path(errors.__file__).read_text())
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    sections = set(headings(ROOT / "docs" / "errors.md")) - {"Errors"}
+    assert sections == classes
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_example_marked_as_runnable_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in RUN.findall(page.read_text()):
+        exec(compile(code, str(page), "exec"), {})
+
+
+def test_the_index_links_to_every_page_of_the_docs():
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text())}
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {index} <= linked
