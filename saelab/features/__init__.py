@@ -1,0 +1,1 @@
+"""The feature index: everything a page about a latent shows, in one file."""
