@@ -41,6 +41,10 @@ class ResourceError(SaelabError):
     """A run would not fit in the disk or memory that there is."""
 
 
+class Interrupted(SaelabError):
+    """The user stopped a run; it left a checkpoint, and the same command goes on from there."""
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:
     """Return a phrase naming the known names closest to `name`, or all of them if none is close."""
     import difflib

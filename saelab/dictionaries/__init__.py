@@ -1,0 +1,46 @@
+"""The types of dictionaries: one file each, one line each in the registry."""
+
+from pathlib import Path
+from typing import Any
+
+from saelab.config import Config
+from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, read_saved
+from saelab.dictionaries.topk import TopK
+from saelab.errors import ConfigError, nearest
+
+REGISTRY: dict[str, type[BaseDictionary]] = {
+    "topk": TopK,
+}
+
+
+def config_class(type_name: str) -> type[DictionaryConfig]:
+    """Return the configuration class of a type. Raises ConfigError naming the nearest."""
+    if type_name not in REGISTRY:
+        hint = nearest(str(type_name), sorted(REGISTRY))
+        raise ConfigError(f"there is no dictionary type {type_name!r}; {hint}")
+    return REGISTRY[type_name].config_class
+
+
+def create(config: DictionaryConfig | dict[str, Any]) -> BaseDictionary:
+    """Return an untrained dictionary. Raises ConfigError listing every fault."""
+    if not isinstance(config, Config):
+        if "type" not in config:
+            raise ConfigError(f"a dictionary needs a `type`; {nearest('', sorted(REGISTRY))}")
+        config = config_class(config["type"]).parse(config)
+    return REGISTRY[config.type](config)
+
+
+def load(path: Path | str) -> BaseDictionary:
+    """Read a saved dictionary. Raises ArtifactError if a file is missing or altered."""
+    config, tensors = read_saved(Path(path))
+    dictionary = create(config)
+    dictionary.load_tensors_(tensors, str(path))
+    return dictionary
+
+
+def fold(dictionary: BaseDictionary, scale: float) -> BaseDictionary:
+    """Return the dictionary that takes raw x where the given one takes `scale · x`.
+
+    `fold(d, s).encode(x) == d.encode(s·x) / s`. Biases and thresholds scale, weights do not.
+    """
+    return dictionary.folded(scale)

@@ -1,0 +1,181 @@
+"""Products with sparse codes, forwards and backwards, on (indices, values) only.
+
+A code with k of d_sae latents per row needs k/d_sae of the arithmetic of a dense one. Two differentiable
+operations carry a training step: `encode_at`, the pre-activations of chosen latents, and `decode_at`, the
+weighted sum of their decoder directions. Each has its obvious dense form beside it, for tests and for reading.
+Selection stays outside, so any rule that yields (indices, values) can use them.
+
+Measured at 576 → 4608, k 32, 2048 rows, two cores, against other ways to do the same (ms):
+scattering sums by embedding-bag over the transposed order 15, by CSR product 40, by `index_add` 150;
+picking products by `sampled_addmm` 8, by gathering chunks of rows 105, from the dense product 130.
+The sums are done in a fixed order, so on a CPU equal inputs give equal bits.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.types import SparseLatents
+
+_DOT_ROWS = 128
+"""Rows gathered at once where there is no `sampled_addmm`: small enough to stay in cache."""
+
+
+# ----------------------------------------------------------------------- the obvious dense forms
+
+
+def encode_at_dense(
+    x: Float[Tensor, "n d_in"],
+    b_in: Float[Tensor, " d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    indices: Int[Tensor, "n k"],
+) -> Float[Tensor, "n k"]:
+    """Return entries `indices` of each row of `(x − b_in) W_encᵀ + b_enc`, from the dense product."""
+    return ((x - b_in) @ W_enc.T + b_enc).gather(-1, indices)
+
+
+def decode_at_dense(
+    indices: Int[Tensor, "n k"],
+    values: Float[Tensor, "n k"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+) -> Float[Tensor, "n d_out"]:
+    """Return Σ_j values[i, j] · W_dec[indices[i, j]], from the dense product."""
+    dense = torch.zeros(len(values), len(W_dec), dtype=values.dtype, device=values.device)
+    return dense.scatter(-1, indices, values) @ W_dec
+
+
+# -------------------------------------------------------------------------- the forms that are used
+
+
+def encode_at(
+    x: Float[Tensor, "n d_in"],
+    b_in: Float[Tensor, " d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    indices: Int[Tensor, "n k"],
+    values: Float[Tensor, "n k"],
+) -> Float[Tensor, "n k"]:
+    """Make `values`, entries of `(x − b_in) W_encᵀ + b_enc` found without gradient, differentiable.
+
+    `indices` are unique per row; `values` are trusted and returned. Gradients reach all of x, b_in, W_enc
+    and b_enc, and cost k/d_sae of a dense backward pass.
+    """
+    return _EncodeAt.apply(x, b_in, W_enc, b_enc, indices, values)  # pyright: ignore[reportReturnType]
+
+
+def decode_at(
+    indices: Int[Tensor, "n k"],
+    values: Float[Tensor, "n k"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+) -> Float[Tensor, "n d_out"]:
+    """Return Σ_j values[i, j] · W_dec[indices[i, j]]; `indices` are unique per row."""
+    return _DecodeAt.apply(indices, values, W_dec)  # pyright: ignore[reportReturnType]
+
+
+def decode_ragged(
+    latents: SparseLatents, W_dec: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "n d_out"]:
+    """Return the product of ragged codes with W_dec, differentiable in values and W_dec."""
+    if latents.n_rows == 0:
+        return W_dec.new_zeros(0, W_dec.shape[1])
+    return F.embedding_bag(
+        latents.indices.long(),
+        W_dec,
+        latents.row_offsets,
+        mode="sum",
+        per_sample_weights=latents.values.to(W_dec.dtype),
+        include_last_offset=True,
+    )
+
+
+class _EncodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: "torch.autograd.function.FunctionCtx",
+        x: Tensor,
+        b_in: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        indices: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, b_in, W_enc, indices)
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
+        x, b_in, W_enc, indices = ctx.saved_tensors
+        grad = grad.contiguous()
+        flat = indices.reshape(-1)
+        per_latent = grad.new_zeros(len(W_enc)).index_add_(0, flat, grad.reshape(-1))
+        grad_x = _bag(indices, W_enc, grad) if ctx.needs_input_grad[0] else None
+        grad_b_in = -(per_latent @ W_enc) if ctx.needs_input_grad[1] else None
+        grad_W = None
+        if ctx.needs_input_grad[2]:
+            grad_W = _transposed_product(indices, grad, x, len(W_enc))
+            grad_W.addr_(per_latent, b_in, alpha=-1)
+        return grad_x, grad_b_in, grad_W, per_latent, None, None
+
+
+class _DecodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: "torch.autograd.function.FunctionCtx", indices: Tensor, values: Tensor, W_dec: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(indices, values, W_dec)
+        return _bag(indices, W_dec, values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
+        indices, values, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = _picked_products(grad, W_dec, indices) if ctx.needs_input_grad[1] else None
+        grad_W = None
+        if ctx.needs_input_grad[2]:
+            grad_W = _transposed_product(indices, values, grad, len(W_dec))
+        return None, grad_values, grad_W
+
+
+def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
+    if indices.numel() == 0:
+        return table.new_zeros(len(indices), table.shape[1])
+    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+
+
+def _transposed_product(indices: Tensor, values: Tensor, x: Tensor, d_sae: int) -> Tensor:
+    """Return Zᵀ x for the sparse matrix Z of these codes: per latent, a weighted sum of rows of x."""
+    if indices.numel() == 0:
+        return x.new_zeros(d_sae, x.shape[1])
+    latents, order = indices.reshape(-1).sort(stable=True)
+    ends = torch.bincount(latents, minlength=d_sae).cumsum(0)
+    return F.embedding_bag(
+        order // indices.shape[1],
+        x,
+        torch.cat([ends.new_zeros(1), ends]),
+        mode="sum",
+        per_sample_weights=values.reshape(-1)[order],
+        include_last_offset=True,
+    )
+
+
+def _picked_products(x: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+    """Return ⟨x_i, W[indices[i, j]]⟩ for all i, j."""
+    n, k = indices.shape
+    if x.device.type == "cuda" or (x.device.type == "cpu" and torch.backends.mkl.is_available()):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            starts = torch.arange(0, n * k + 1, k, device=x.device)
+            zeros = x.new_zeros(n * k)
+            pattern = torch.sparse_csr_tensor(
+                starts, indices.reshape(-1), zeros, size=(n, len(W)), check_invariants=False
+            )
+            return torch.sparse.sampled_addmm(pattern, x, W.T, beta=0.0).values().view(n, k)
+    parts = [
+        torch.bmm(W[some], rows[:, :, None]).squeeze(-1)
+        for some, rows in zip(indices.split(_DOT_ROWS), x.split(_DOT_ROWS), strict=True)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,125 @@
+"""Stand-ins for protocols, small enough to be read at a glance."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saelab.protocols import SiteStats, Split
+from saelab.types import Batch, Window
+
+
+class ArrayStore:
+    """A store of arrays in memory: windows of 16 rows, one document each; every fifth is held out."""
+
+    def __init__(self, sites: Mapping[str, Tensor], *, window: int = 16) -> None:
+        self._x = dict(sites)
+        self._window = window
+        self.path: Path | None = None
+        self.content_hash = "0" * 64
+        self.model_name: str | None = None
+        self.model_fingerprint: str | None = None
+        self.sites = tuple(sites)
+        self.n_rows = len(next(iter(sites.values())))
+        self.n_windows = -(-self.n_rows // window)
+
+    def width(self, site: str) -> int:
+        return self._x[site].shape[1]
+
+    def n_kept(self, site: str, split: Split) -> int:
+        return len(self._kept(split))
+
+    def stats(self, site: str) -> SiteStats:
+        x = self._x[site][self._kept("train")].double()
+        norm = x.norm(dim=1)
+        return SiteStats(
+            len(x), x.mean(0), float(norm.mean()), float((norm**2).mean()), float(norm.median())
+        )
+
+    def batches(
+        self,
+        site: str,
+        *,
+        batch: int,
+        seed: int,
+        split: Split = "train",
+        start: int = 0,
+        target: str | None = None,
+        drop_last: bool = True,
+    ) -> Iterator[Batch]:
+        kept = self._kept(split)
+        generator = torch.Generator().manual_seed(seed)
+        number = 0
+        while True:
+            order = kept[torch.randperm(len(kept), generator=generator)]
+            for rows in order.split(batch):
+                if len(rows) == batch:
+                    if number >= start:
+                        yield self._batch(site, rows, target)
+                    number += 1
+
+    def scan(
+        self,
+        site: str,
+        *,
+        batch: int,
+        split: Split = "all",
+        masked: bool = False,
+        target: str | None = None,
+    ) -> Iterator[Batch]:
+        for rows in self._kept(split).split(batch):
+            yield self._batch(site, rows, target)
+
+    def rows(self, site: str, refs: Tensor) -> Tensor:
+        return self._x[site][refs].float()
+
+    def windows(
+        self, site: str, *, split: Split = "all", limit: int | None = None
+    ) -> Iterator[Window]:
+        wanted = [self.window(site, i) for i in range(self.n_windows)]
+        wanted = [w for w in wanted if split == "all" or w.heldout == (split == "heldout")]
+        yield from wanted[:limit]
+
+    def window_of(self, refs: Tensor) -> Tensor:
+        return refs // self._window
+
+    def window(self, site: str, number: int) -> Window:
+        first = number * self._window
+        n = min(self._window, self.n_rows - first)
+        ids = torch.arange(first, first + n)
+        return Window(
+            number, first, ids, torch.full((n,), number), tuple(f"t{i}" for i in ids.tolist()),
+            number % 5 == 4, torch.ones(n, dtype=torch.bool),
+        )  # fmt: skip
+
+    def context(self, ref: int, before: int, after: int) -> tuple[list[str], int]:
+        window = self.window(self.sites[0], ref // self._window)
+        place = ref - window.first_row
+        low = max(0, place - before)
+        return list(window.strings[low : place + after + 1]), place - low
+
+    def _kept(self, split: Split) -> Tensor:
+        rows = torch.arange(self.n_rows)
+        heldout = (rows // self._window) % 5 == 4
+        if split == "all":
+            return rows
+        return rows[heldout if split == "heldout" else ~heldout]
+
+    def _batch(self, site: str, rows: Tensor, target: str | None) -> Batch:
+        x = self.rows(site, rows)
+        y = x if target is None else self.rows(target, rows)
+        return Batch(x, y, rows, rows // self._window)
+
+
+def planted_store(
+    *, n: int = 4000, d: int = 16, latents: int = 24, active: int = 2, seed: int = 0
+) -> tuple[ArrayStore, Tensor]:
+    """Return a store of sparse non-negative sums of unit directions plus a bias, and the directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(latents, d, generator=generator)
+    directions /= directions.norm(dim=1, keepdim=True)
+    chosen = torch.rand(n, latents, generator=generator).topk(active, dim=1).indices
+    amounts = 1 + torch.rand(n, active, generator=generator)
+    z = torch.zeros(n, latents).scatter(1, chosen, amounts)
+    return ArrayStore({"site": z @ directions + torch.randn(d, generator=generator)}), directions
