@@ -1,0 +1,1 @@
+"""The only definitions of metrics in the project; see docs/metrics.md."""
