@@ -1,10 +1,10 @@
 """The store's files: their names, dtypes and columns, and safetensors read through memory maps.
 
-    shard-00000.safetensors    per site `{site}` (n, d) and `mask:{site}` (n,) uint8; 0 = kept
-    tokens-00000.safetensors   the columns of `types.TokenTable` for the same rows
-    documents-00000.jsonl      the documents whose first row is in this shard
-    index.safetensors          first row of each shard and window; split, group and place of each document
-    stats.safetensors          per site the float64 mean of the kept training rows
+shard-00000.safetensors    per site `{site}` (n, d) and `mask:{site}` (n,) uint8; 0 = kept
+tokens-00000.safetensors   the columns of `types.TokenTable` for the same rows
+documents-00000.jsonl      the documents whose first row is in this shard
+index.safetensors          first row of each shard and window; split, group and place of each document
+stats.safetensors          per site the float64 mean of the kept training rows
 """
 
 import json

@@ -111,9 +111,7 @@ class Shuffler:
         """Count the chosen rows of each block; blocks start anew with each shard."""
         parts = []
         for first, last in self._maps.bounds():
-            chosen = self._maps.chosen(
-                np.arange(first, last), self._order.sites, self._order.split
-            )
+            chosen = self._maps.chosen(np.arange(first, last), self._order.sites, self._order.split)
             parts.append(np.add.reduceat(chosen, np.arange(0, last - first, BLOCK), dtype=np.int64))
         return np.concatenate(parts)
 

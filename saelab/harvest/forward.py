@@ -1,0 +1,207 @@
+"""From windows of tokens to shards of activations, by the model's forward passes.
+
+A shard is forwarded in batches of windows of about equal length, so that what a batch holds depends on the
+shard alone, and its rows are put back in document order. Masks say, per site and reason, what readers
+should leave out; no position is dropped.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from pydantic import Field
+from torch import Tensor
+
+from saelab.config import Config
+from saelab.errors import ConfigError
+from saelab.harvest.corpus import TextWindow
+from saelab.protocols import LanguageModel
+from saelab.types import Document, Mask, Shard, TokenTable
+
+PREPASS_ROWS = 4096
+"""The median norm is that of at most this many unmasked positions at the start of the corpus."""
+_SHORTEST = 0.8
+"""Windows share a batch if they have at least this share of its longest's length: little is padded."""
+
+
+class HarvestConfig(Config):
+    """Which activations to keep, in what form, and what to mask."""
+
+    sites: tuple[str, ...] = Field(min_length=1)
+    """TransformerLens names, for example `blocks.10.hook_resid_post`; `saelab sites MODEL` lists them."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """Of the stored rows; `auto`: bfloat16 if the model computes in it, else float16."""
+    batch_tokens: int = Field(4096, gt=0)
+    """Tokens per forward pass."""
+    rows_per_shard: int = Field(32_768, gt=0)
+    """Rows per file: the unit of writing and of resuming."""
+    mask_first: bool = True
+    """Mask the first position of each window, which is often an attention sink."""
+    mask_special: bool = True
+    """Mask the tokenizer's special tokens."""
+    norm_outlier: float | None = Field(10.0, gt=1)
+    """Mask rows whose norm exceeds this multiple of the site's median norm; None: never."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The consecutive windows that become one shard."""
+
+    windows: tuple[TextWindow, ...]
+    first_row: int
+    first_window: int
+
+    @property
+    def n_rows(self) -> int:
+        """Number of positions."""
+        return sum(map(len, self.windows))
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """The documents that begin in these windows."""
+        return tuple(document for window in self.windows for document in window.begins)
+
+
+def groups(windows: Iterable[TextWindow], rows_per_shard: int) -> Iterator[Group]:
+    """Cut a stream of windows into groups of at most `rows_per_shard` rows.
+
+    Raises ConfigError if a window is longer than that.
+    """
+    waiting: list[TextWindow] = []
+    rows = first_row = first_window = 0
+    for window in windows:
+        if len(window) > rows_per_shard:
+            raise ConfigError(
+                f"harvest.rows_per_shard is {rows_per_shard}, but a window has {len(window)} "
+                "positions; a shard has to hold whole windows"
+            )
+        if rows + len(window) > rows_per_shard:
+            yield Group(tuple(waiting), first_row, first_window)
+            first_row, first_window = first_row + rows, first_window + len(waiting)
+            waiting, rows = [], 0
+        waiting.append(window)
+        rows += len(window)
+    if waiting:
+        yield Group(tuple(waiting), first_row, first_window)
+
+
+class Harvester:
+    """Forwards groups of windows; the norm-outlier threshold is fixed by the first one."""
+
+    def __init__(self, model: LanguageModel, config: HarvestConfig) -> None:
+        """Check the sites. Raises SiteError, listing the nearest, if the model lacks one."""
+        if len(set(config.sites)) != len(config.sites):
+            raise ConfigError(f"harvest.sites names a site twice: {', '.join(config.sites)}")
+        self.widths = {name: model.site(name).width for name in config.sites}
+        self.median_norm: dict[str, float] = {}
+        """Per site, once the first group was forwarded (or set from a recorded pre-pass)."""
+        self._model = model
+        self._config = config
+        self._special = torch.tensor(sorted(model.special_ids), dtype=torch.int64)
+
+    def shard(self, group: Group) -> Shard:
+        """Return a group's activations, in the model's dtype on the CPU, with masks and provenance."""
+        table = _table(group)
+        x = self._forward(group)
+        base = self._token_mask(table)
+        if not self.median_norm:
+            self.median_norm = {site: _median_norm(rows, base) for site, rows in x.items()}
+        mask = {site: self._site_mask(site, rows, base) for site, rows in x.items()}
+        heldout = torch.tensor([window.heldout for window in group.windows])
+        lengths = torch.tensor([len(window) for window in group.windows])
+        return Shard(x, mask, table, heldout.repeat_interleave(lengths), group.documents)
+
+    def _forward(self, group: Group) -> dict[str, Float[Tensor, "n d"]]:
+        lengths = [len(window) for window in group.windows]
+        first = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        x: dict[str, Tensor] = {}
+        for members in batches_of(lengths, self._config.batch_tokens):
+            tokens, sizes = self._padded([group.windows[i] for i in members])
+            for site, rows in self._model.capture(tokens, self._config.sites, sizes).items():
+                found = rows.detach().to("cpu")
+                if site not in x:
+                    x[site] = torch.empty(first[-1], self.widths[site], dtype=found.dtype)
+                for place, member in enumerate(members):
+                    n = lengths[member]
+                    x[site][first[member] : first[member] + n] = found[place, :n]
+        return {site: x[site] for site in self._config.sites}
+
+    def _padded(self, windows: list[TextWindow]) -> tuple[Tensor, Tensor]:
+        """Right-pad windows to one tensor on the model's device; return it with the true lengths."""
+        sizes = torch.tensor([len(window) for window in windows])
+        tokens = torch.full((len(windows), int(sizes.max())), self._model.pad_id or 0)
+        for place, window in enumerate(windows):
+            tokens[place, : len(window)] = window.ids
+        device = self._model.device
+        return tokens.to(device), sizes.to(device)
+
+    def _token_mask(self, table: TokenTable) -> Shaped[Tensor, " n"]:
+        mask = torch.zeros(len(table), dtype=torch.uint8)
+        if self._config.mask_special and len(self._special):
+            mask[torch.isin(table.token_id.long(), self._special)] |= int(Mask.SPECIAL)
+        if self._config.mask_first:
+            mask[table.position == 0] |= int(Mask.FIRST)
+        return mask
+
+    def _site_mask(
+        self, site: str, x: Float[Tensor, "n d"], base: Shaped[Tensor, " n"]
+    ) -> Shaped[Tensor, " n"]:
+        """Add the norm outliers; what is not finite is left to the writer to judge."""
+        mask = base.clone()
+        factor, median = self._config.norm_outlier, self.median_norm[site]
+        if factor is not None and median > 0:
+            norm = _norm(x)
+            mask[norm.isfinite() & (norm > factor * median)] |= int(Mask.NORM_OUTLIER)
+        return mask
+
+
+def batches_of(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Group window numbers into batches of similar length, the longest first.
+
+    A batch has at most `batch_tokens` tokens with padding, or is a single window.
+    """
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch:
+            longest = lengths[batch[0]]
+            full = (len(batch) + 1) * longest > batch_tokens
+            if full or lengths[number] < _SHORTEST * longest:
+                yield batch
+                batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _table(group: Group) -> TokenTable:
+    lengths = torch.tensor([len(window) for window in group.windows])
+    number = torch.arange(group.first_window, group.first_window + len(group.windows))
+    return TokenTable(
+        token_id=torch.cat([window.ids for window in group.windows]).int(),
+        window=number.repeat_interleave(lengths),
+        position=torch.cat([torch.arange(n) for n in lengths.tolist()]).int(),
+        document=torch.cat([window.document for window in group.windows]),
+        char_start=torch.cat([window.char_start for window in group.windows]).int(),
+        char_end=torch.cat([window.char_end for window in group.windows]).int(),
+    )
+
+
+def _norm(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    return torch.cat([part.float().norm(dim=1) for part in x.split(4096)])
+
+
+def _median_norm(x: Float[Tensor, "n d"], base: Shaped[Tensor, " n"]) -> float:
+    """Median of ‖x‖ over the first unmasked rows; 0 if there is none."""
+    rows = (base == 0).nonzero().squeeze(1)[:PREPASS_ROWS]
+    norm = _norm(x[rows])
+    norm = norm[norm.isfinite()]
+    return float(norm.median()) if len(norm) else 0.0
+
+
+def cursor(harvester: Harvester, group: Group) -> dict[str, Any]:
+    """Return what a later process needs to go on after this group."""
+    documents = group.documents
+    last = {"number": documents[-1].number, "hash": documents[-1].hash} if documents else None
+    return {"median_norm": harvester.median_norm, "last_document": last}

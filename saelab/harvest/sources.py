@@ -1,0 +1,282 @@
+"""Where texts come from: named assets, local files, and anything that Hugging Face `datasets` reads.
+
+Plain text and tables (txt, csv, tsv, Orange's tab; also in zip, gz and bz2) are read line by line here, so
+that a fault is named with its file and line. JSON lines, parquet and the hub go through `datasets`.
+"""
+
+import bz2
+import csv
+import gzip
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from saelab import assets
+from saelab.config import digest
+from saelab.errors import CorpusError, nearest
+
+SampleBy = Literal["file", "paragraph", "line"]
+Label = str | int | float | None
+
+_TABLES = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+_DATASETS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TEXTS = (".txt", ".text", ".md")
+_READABLE = (*_TEXTS, *_TABLES, *_DATASETS, ".zip")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to read out of a source."""
+
+    source: str
+    split: str
+    text_field: str | None
+    label_field: str | None
+    sample_by: SampleBy
+    streaming: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text of a source."""
+
+    text: str
+    label: Label
+    origin: str
+    """File and line, or number in the data set: for messages."""
+
+
+def records(request: Request) -> Iterator[Record]:
+    """Yield the source's texts in its own order.
+
+    Raises AssetError or CorpusError if the source is unknown, holds no readable file or is not UTF-8.
+    """
+    if request.source.startswith("hub:"):
+        yield from _hub(request)
+        return
+    files = _files(request.source)
+    for suffix in sorted({suffix for suffix in map(_suffix, files) if suffix in _DATASETS}):
+        yield from _local_dataset([f for f in files if _suffix(f) == suffix], request)
+    for file in files:
+        if _suffix(file) not in _DATASETS:
+            for entry in _entries(file):
+                yield from _read(entry, request)
+
+
+def checksum(source: str) -> str:
+    """Return the content checksum of a source, for stage keys; nothing is read out of it."""
+    if source.startswith("hub:"):
+        return _hub_commit(*_hub_name(source))
+    if _is_glob(source):
+        return digest({file.name: assets.hash_of(file) for file in _files(source)})
+    return assets.identity(source)
+
+
+# ------------------------------------------------------------------------------------ local files
+
+
+def _is_glob(source: str) -> bool:
+    return any(c in source for c in "*?[") and not Path(source).exists()
+
+
+def _files(source: str) -> list[Path]:
+    """Return the readable files behind a name, a file, a folder or a pattern, in sorted order."""
+    if _is_glob(source):
+        files = [Path(name) for name in sorted(glob(source, recursive=True))]
+    else:
+        path = assets.resolve(source).path
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    visible = [f for f in files if f.is_file() and not f.name.startswith(".")]
+    found = [f for f in visible if _suffix(f) in _READABLE]
+    if not found:
+        came = f"only {visible[0].name!r}" if len(visible) == 1 else f"{len(visible)} other files"
+        raise CorpusError(
+            f"{source} should hold {', '.join(_READABLE)} (also .gz, .bz2), but holds {came}"
+        )
+    return found
+
+
+def _suffix(path: Path) -> str:
+    inner = path.with_suffix("") if path.suffix in {".gz", ".bz2"} else path
+    return inner.suffix.lower()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file, or a file inside a zip, that can be opened."""
+
+    name: str
+    suffix: str
+    open: Callable[[], BinaryIO]
+
+
+def _entries(path: Path) -> Iterator[_Entry]:
+    if path.suffix != ".zip":
+        openers: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open}
+        opener = openers.get(path.suffix, lambda p: p.open("rb"))
+        yield _Entry(str(path), _suffix(path), lambda: opener(path))
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                if _suffix(Path(name)) in (*_TEXTS, *_TABLES):
+                    yield _Entry(
+                        f"{path}/{name}", _suffix(Path(name)), lambda n=name: archive.open(n)
+                    )
+    except zipfile.BadZipFile:
+        raise CorpusError(f"{path} is not a whole zip file; fetch it again") from None
+
+
+def _read(entry: _Entry, request: Request) -> Iterator[Record]:
+    with entry.open() as stream:
+        lines = _lines(stream, entry.name)
+        if entry.suffix in _TABLES:
+            yield from _table(lines, entry, request)
+        else:
+            yield from _plain(lines, entry.name, request.sample_by)
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+    """Decode line by line. Raises CorpusError naming file, line and offset of what is not UTF-8."""
+    offset = 0
+    for number, raw in enumerate(stream, 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorpusError(
+                f"{name} is not UTF-8: byte 0x{raw[error.start]:02x} in line {number} "
+                f"(offset {offset + error.start}); convert the file to UTF-8"
+            ) from None
+        yield line.removeprefix("\ufeff") if number == 1 else line
+        offset += len(raw)
+
+
+def _plain(lines: Iterator[str], name: str, sample_by: SampleBy) -> Iterator[Record]:
+    if sample_by == "file":
+        yield Record("".join(lines), None, name)
+        return
+    waiting: list[str] = []
+    number = 0
+    for number, line in enumerate(lines, 1):
+        if sample_by == "line":
+            yield Record(line.rstrip("\r\n"), None, f"{name}, line {number}")
+        elif line.strip():
+            waiting.append(line)
+        elif waiting:
+            yield Record("".join(waiting), None, f"{name}, line {number}")
+            waiting = []
+    if waiting:
+        yield Record("".join(waiting), None, f"{name}, line {number}")
+
+
+def _table(lines: Iterator[str], entry: _Entry, request: Request) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(lines, delimiter=_TABLES[entry.suffix])
+    columns = next(rows, None)
+    if columns is None:
+        raise CorpusError(f"{entry.name} is empty; a first line with column names was expected")
+    if entry.suffix == ".tab":  # Orange: the second line holds types, the third roles
+        next(rows, None), next(rows, None)
+    text = columns.index(_text_column(columns, columns, request, entry.name))
+    label = (
+        columns.index(_known(request.label_field, columns, entry.name))
+        if request.label_field
+        else -1
+    )
+    for row in rows:
+        if len(row) > max(text, label):
+            yield Record(
+                row[text], row[label] if label >= 0 else None, f"{entry.name}, line {rows.line_num}"
+            )
+
+
+def _text_column(columns: list[str], textual: list[str], request: Request, name: str) -> str:
+    """Return the asked column, else `text` in any case, else the only one that holds text."""
+    if request.text_field is not None:
+        return _known(request.text_field, columns, name)
+    named = [column for column in textual if column.lower() == "text"]
+    if named:
+        return named[0]
+    if len(textual) == 1:
+        return textual[0]
+    raise CorpusError(
+        f"{name} has no column 'text'; name one with corpus.text_field: {', '.join(textual)}"
+    )
+
+
+def _known(field: str, columns: list[str], name: str) -> str:
+    if field not in columns:
+        raise CorpusError(f"{name} has no column {field!r}; {nearest(field, columns)}")
+    return field
+
+
+# ------------------------------------------------------------------------------ Hugging Face datasets
+
+
+def _local_dataset(files: list[Path], request: Request) -> Iterator[Record]:
+    builder = _DATASETS[_suffix(files[0])]
+    if builder == "json":
+        for file in files:
+            for entry in _entries(file):
+                with entry.open() as stream:
+                    for _ in _lines(stream, entry.name):
+                        pass
+    name = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+    arguments = {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
+    yield from _rows(name, request, builder, **arguments)
+
+
+def _hub(request: Request) -> Iterator[Record]:
+    name, config, revision = _hub_name(request.source)
+    arguments = {"name": config, "split": request.split, "streaming": request.streaming}
+    yield from _rows(request.source, request, name, revision=revision, **arguments)
+
+
+def _hub_name(source: str) -> tuple[str, str | None, str | None]:
+    """Split `hub:org/name[:config][@revision]`."""
+    rest, _, revision = source.removeprefix("hub:").partition("@")
+    name, _, config = rest.partition(":")
+    return name, config or None, revision or None
+
+
+def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
+    if revision is None:
+        from huggingface_hub import HfApi
+
+        try:
+            revision = HfApi().dataset_info(name).sha
+        except (OSError, ValueError) as error:
+            raise CorpusError(
+                f"the hub could not be asked for the commit of the data set {name} "
+                f"({_first_line(error)}). Without network, pin it: hub:{name}@COMMIT"
+            ) from None
+    return f"hub:{name}:{config or ''}@{revision}"
+
+
+def _rows(name: str, request: Request, builder: str, **arguments: Any) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise CorpusError(
+            f"reading {name} needs the package datasets: pip install 'saelab[lm]'"
+        ) from None
+    try:
+        column = None
+        for number, row in enumerate(datasets.load_dataset(builder, **arguments)):
+            if column is None:
+                textual = [key for key, value in row.items() if isinstance(value, str)]
+                column = _text_column(list(row), textual, request, name)
+                if request.label_field:
+                    _known(request.label_field, list(row), name)
+            label = row[request.label_field] if request.label_field else None
+            yield Record(row[column] or "", label, f"{name}, record {number}")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise CorpusError(f"{name} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
