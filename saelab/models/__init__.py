@@ -1,0 +1,26 @@
+"""Language models behind one protocol: real ones (`lens`), and seeded toys for tests (`toy`)."""
+
+import torch
+
+from saelab.models.identity import ModelIdentity, identify, resolve_device, resolve_dtype
+from saelab.protocols import LanguageModel
+
+__all__ = ["ModelIdentity", "identify", "load_model", "resolve_device", "resolve_dtype"]
+
+
+def load_model(
+    source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
+) -> LanguageModel:
+    """Load a model: a named asset, `hub:org/name`, a Hugging Face folder, a .gguf file, or `toy`.
+
+    `dtype` is float32, bfloat16, float16 (cuda only) or auto. Raises AssetError if the model cannot
+    be found or read, ConfigError for an unknown dtype or device.
+    """
+    from saelab.models import toy
+
+    identity = identify(source, dtype, device)
+    if toy.is_toy(source):
+        return toy.ToyModel(toy.seed_of(source), resolve_device("cpu"))
+    from saelab.models.lens import LensModel
+
+    return LensModel(identity, resolve_device(device))
