@@ -19,6 +19,7 @@ Statistic = Callable[[Float[Tensor, "b q"]], Float[Tensor, " b"]]
 RESAMPLES = 1000
 _CHUNK = 1 << 22
 """Numbers held at once while resampling."""
+_ROUNDING = 1e-13
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,14 @@ def bootstrap_median(
 
 
 def standard_error(replicates: Float[Tensor, " resamples"]) -> float | None:
-    """Return the standard deviation of the resamples; None if some of them are not finite."""
+    """Return the standard deviation of the resamples; None if some of them are not finite.
+
+    Exactly 0 where they differ only by rounding.
+    """
     if len(replicates) < 2 or not bool(replicates.isfinite().all()):
         return None
-    return float(replicates.std())
+    error = float(replicates.std())
+    return error if error > _ROUNDING * float(replicates.abs().max()) else 0.0
 
 
 def error_over_documents(

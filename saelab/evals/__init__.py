@@ -1,0 +1,1 @@
+"""Evaluators: they score any dictionary on any store, through protocols."""

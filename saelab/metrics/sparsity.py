@@ -90,7 +90,7 @@ def description_length(d_sae: int, l0: float, value_bits: int, signed: bool) -> 
 
 
 def density_histogram(
-    density: Float[Tensor, " d_sae"], lowest: int = -6, per_decade: int = 2
+    density: Float[Tensor, " d_sae"], lowest: int = -6, per_decade: int = 1
 ) -> list[tuple[float, float, float]]:
     """Return (from, to, share of latents) in bins of log₁₀ density, from `lowest` up to 0.
 

@@ -27,7 +27,7 @@ Sign = Literal["abs", "nonneg", "raw"]
 Refit = Literal["mp", "omp"]
 
 GRAM_BYTES = 1 << 30
-"""Largest Gram matrix of the atoms that `pursue` makes by itself."""
+"""Largest Gram matrix of the atoms that is made."""
 CHUNK_BYTES = 1 << 26
 """Working memory for the scores of one chunk of rows."""
 BLOCK_ROWS = 32
@@ -80,8 +80,8 @@ def pursue(
     """
     _check(k, len(atoms), sign, refit)
     rule = _Rule(sign, refit, reuse and refit == "mp", tol)
-    if refit == "mp" and gram is None and _gram_pays(len(x) * k, atoms):
-        gram = atoms @ atoms.T
+    if refit == "mp" and gram is None and len(atoms) < len(x) * k:
+        gram = gram_of(atoms)
     order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     coefficients = x.new_zeros(len(x), k)
     chunk = max(BLOCK_ROWS, CHUNK_BYTES // (x.element_size() * max(len(atoms), k * atoms.shape[1])))
@@ -95,6 +95,13 @@ def pursue(
     codes = _sum_repeats(order, coefficients, len(atoms))
     residual = x - decode_ragged(codes, atoms)
     return PursuitTrace(order, coefficients, codes, residual, (order >= 0).sum(1))
+
+
+def gram_of(atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "n_atoms n_atoms"] | None:
+    """Return atoms @ atoms.T, or None if it would take more than `GRAM_BYTES`."""
+    if len(atoms) ** 2 * atoms.element_size() > GRAM_BYTES:
+        return None
+    return atoms @ atoms.T
 
 
 def pursue_plainly(
@@ -233,12 +240,6 @@ def _sum_repeats(
     counts = torch.bincount(key // n_atoms, minlength=len(order))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return SparseLatents(offsets, key % n_atoms, values, n_atoms)
-
-
-def _gram_pays(n_steps: int, atoms: Float[Tensor, "n_atoms d"]) -> bool:
-    """Whether the Gram matrix fits and costs less than the scores that it saves."""
-    fits = len(atoms) ** 2 * atoms.element_size() <= GRAM_BYTES
-    return fits and len(atoms) < n_steps
 
 
 def _check(k: int, n_atoms: int, sign: Sign, refit: Refit) -> None:
