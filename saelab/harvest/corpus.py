@@ -1,8 +1,9 @@
 """From texts to windows of tokens: splitting, packing, and where every token came from.
 
-A document is held out if the hash of its text says so: before packing, in any order, streamed or not. Exact
-duplicates are dropped. Windows are cut from one document at a time, or from documents of one split that are
-joined into groups; a group never shares a window with another one, so it is the unit of the bootstrap.
+A document is held out if the hash of its text says so: before packing, in any order, streamed or
+not. Exact duplicates are dropped. Windows are cut from one document at a time, or from documents
+of one split that are joined into groups; a group never shares a window with another one, so it is
+the unit of the bootstrap.
 """
 
 import hashlib
@@ -40,8 +41,9 @@ class CorpusConfig(Config):
     holdout: float = Field(0.1, ge=0, lt=1)
     """Share of the documents that is held out, by the hash of their text."""
     packing: Literal["document", "concat", "whole"] = "document"
-    """`document`: a window holds one document. `concat`: documents of one split are joined, with EOS between,
-    into groups of at least 4 windows. `whole`: as many whole documents as fit share a window."""
+    """`document`: a window holds one document. `concat`: documents of one split are joined, with
+    EOS between, into groups of at least 4 windows. `whole`: as many whole documents as fit share a
+    window."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether each window starts with BOS; `auto`: as the tokenizer does by itself."""
     min_tail: int = Field(32, ge=1)
@@ -116,7 +118,8 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
 def survey(config: CorpusConfig, model: LanguageModel) -> CorpusReport:
     """Tokenize the corpus without running the model; return what it holds, up to the asked tokens.
 
-    Raises CorpusError if there is less than was asked for, ConfigError if windows do not fit the model.
+    Raises CorpusError if there is less than was asked for, ConfigError if windows do not fit the
+    model.
     """
     report = CorpusReport()
     for _ in windows(config, model, report):
@@ -145,8 +148,8 @@ def windows(
     raise CorpusError(
         f"{config.source} holds {report.tokens:,} tokens in windows of {config.context}, but "
         f"{config.tokens:,} were asked for ({report.documents:,} documents, "
-        f"{report.duplicates:,} duplicates, {report.empty:,} empty, {report.dropped_tokens:,} tokens "
-        f"in tails under {config.min_tail}); set corpus.tokens to at most {report.tokens}"
+        f"{report.duplicates:,} duplicates, {report.empty:,} empty, {report.dropped_tokens:,} "
+        f"tokens in tails under {config.min_tail}); set corpus.tokens to at most {report.tokens}"
     )
 
 
@@ -182,7 +185,7 @@ def _hash(record: Record) -> Any:
         return hashlib.sha256(record.text.encode())
     except UnicodeEncodeError:
         raise CorpusError(
-            f"{record.origin} holds half a surrogate pair, which is no valid text; repair the record"
+            f"{record.origin} holds half a surrogate pair, which is no text; repair the record"
         ) from None
 
 

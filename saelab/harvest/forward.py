@@ -1,8 +1,8 @@
 """From windows of tokens to shards of activations, by the model's forward passes.
 
-A shard is forwarded in batches of windows of about equal length, so that what a batch holds depends on the
-shard alone, and its rows are put back in document order. Masks say, per site and reason, what readers
-should leave out; no position is dropped.
+A shard is forwarded in batches of windows of about equal length, so that what a batch holds
+depends on the shard alone, and its rows are put back in document order. Masks say, per site and
+reason, what readers should leave out; no position is dropped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,14 +23,14 @@ from saelab.types import Document, Mask, Shard, TokenTable
 PREPASS_ROWS = 4096
 """The median norm is that of at most this many unmasked positions at the start of the corpus."""
 _SHORTEST = 0.8
-"""Windows share a batch if they have at least this share of its longest's length: little is padded."""
+"""Windows of a batch have at least this share of its longest's length: little is padded."""
 
 
 class HarvestConfig(Config):
     """Which activations to keep, in what form, and what to mask."""
 
     sites: tuple[str, ...] = Field(min_length=1)
-    """TransformerLens names, for example `blocks.10.hook_resid_post`; `saelab sites MODEL` lists them."""
+    """For example `blocks.10.hook_resid_post`; `saelab sites MODEL` lists them."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     """Of the stored rows; `auto`: bfloat16 if the model computes in it, else float16."""
     batch_tokens: int = Field(4096, gt=0)
@@ -102,7 +102,7 @@ class Harvester:
         self._special = torch.tensor(sorted(model.special_ids), dtype=torch.int64)
 
     def shard(self, group: Group) -> Shard:
-        """Return a group's activations, in the model's dtype on the CPU, with masks and provenance."""
+        """Return a group's activations, in the model's dtype, with masks and provenance."""
         table = _table(group)
         x = self._forward(group)
         base = self._token_mask(table)
@@ -129,7 +129,7 @@ class Harvester:
         return {site: x[site] for site in self._config.sites}
 
     def _padded(self, windows: list[TextWindow]) -> tuple[Tensor, Tensor]:
-        """Right-pad windows to one tensor on the model's device; return it with the true lengths."""
+        """Right-pad windows to one tensor on the model's device; return the true lengths too."""
         sizes = torch.tensor([len(window) for window in windows])
         tokens = torch.full((len(windows), int(sizes.max())), self._model.pad_id or 0)
         for place, window in enumerate(windows):

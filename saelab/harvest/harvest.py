@@ -1,7 +1,8 @@
 """Fills a store: runs a corpus through a model, up to the last site, and writes every row.
 
-While the model runs a shard, the writer stores the one before it in the background. A crash loses at most
-the shards that were being made; the same call goes on from the last complete one, to the same bytes.
+While the model runs a shard, the writer stores the one before it in the background. A crash loses
+at most the shards that were being made; the same call goes on from the last complete one, to the
+same bytes.
 """
 
 import time
@@ -64,8 +65,9 @@ def harvest(
 ) -> dict[str, Any]:
     """Fill a store through its writer; return the manifest's facts.
 
-    Raises CorpusError if there is less text than asked for: before the model runs, or, for a streamed
-    corpus, at its end, with nothing kept. Raises SiteError, ConfigError and NonFiniteError.
+    Raises CorpusError if there is less text than asked for: before the model runs, or, for a
+    streamed corpus, at its end, with nothing kept. Raises SiteError, ConfigError and
+    NonFiniteError.
     """
     source = Harvester(model, config)
     if not corpus.streaming:
@@ -100,7 +102,7 @@ def _write(source: Harvester, stream: Any, writer: ShardWriter, clock: "_Clock")
 
 
 def _check_same(state: dict[str, Any], group: Group) -> None:
-    """Raise ArtifactError if the last stored shard was made from other texts than the source has now."""
+    """Raise ArtifactError if the last stored shard was made from other texts than there are now."""
     last = group.documents[-1] if group.documents else None
     found = None if last is None else {"number": last.number, "hash": last.hash}
     if state["last_document"] != found:

@@ -1,7 +1,8 @@
-"""Where texts come from: named assets, local files, and anything that Hugging Face `datasets` reads.
+"""Where texts come from: named assets, local files, and what Hugging Face `datasets` reads.
 
-Plain text and tables (txt, csv, tsv, Orange's tab; also in zip, gz and bz2) are read line by line here, so
-that a fault is named with its file and line. JSON lines, parquet and the hub go through `datasets`.
+Plain text and tables (txt, csv, tsv, Orange's tab; also in zip, gz and bz2) are read line by line
+here, so that a fault is named with its file and line. JSON lines, parquet and the hub go through
+`datasets`.
 """
 
 import bz2
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 
 from saelab import assets
 from saelab.config import digest
@@ -52,7 +53,8 @@ class Record:
 def records(request: Request) -> Iterator[Record]:
     """Yield the source's texts in its own order.
 
-    Raises AssetError or CorpusError if the source is unknown, holds no readable file or is not UTF-8.
+    Raises AssetError or CorpusError if the source is unknown, holds no readable file or is not
+    UTF-8.
     """
     if request.source.startswith("hub:"):
         yield from _hub(request)
@@ -110,7 +112,7 @@ class _Entry:
 
     name: str
     suffix: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[], IO[bytes]]
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
@@ -139,7 +141,7 @@ def _read(entry: _Entry, request: Request) -> Iterator[Record]:
             yield from _plain(lines, entry.name, request.sample_by)
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
+def _lines(stream: IO[bytes], name: str) -> Iterator[str]:
     """Decode line by line. Raises CorpusError naming file, line and offset of what is not UTF-8."""
     offset = 0
     for number, raw in enumerate(stream, 1):
@@ -213,7 +215,7 @@ def _known(field: str, columns: list[str], name: str) -> str:
     return field
 
 
-# ------------------------------------------------------------------------------ Hugging Face datasets
+# --------------------------------------------------------------------------- Hugging Face datasets
 
 
 def _local_dataset(files: list[Path], request: Request) -> Iterator[Record]:
@@ -259,6 +261,7 @@ def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
 def _rows(name: str, request: Request, builder: str, **arguments: Any) -> Iterator[Record]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise CorpusError(
             f"reading {name} needs the package datasets: pip install 'saelab[lm]'"
@@ -273,7 +276,7 @@ def _rows(name: str, request: Request, builder: str, **arguments: Any) -> Iterat
                     _known(request.label_field, list(row), name)
             label = row[request.label_field] if request.label_field else None
             yield Record(row[column] or "", label, f"{name}, record {number}")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise CorpusError(f"{name} cannot be read: {_first_line(error)}") from error
 
 

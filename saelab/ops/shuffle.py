@@ -1,7 +1,8 @@
 """Seeded orders: permutations that depend on nothing but their seeds, and block-shuffled epochs.
 
-A block shuffle permutes small blocks of consecutive rows over the whole store, fills a buffer of bounded
-size with them and permutes the rows inside it. With a buffer that holds all rows it is a full permutation.
+A block shuffle permutes small blocks of consecutive rows over the whole store, fills a buffer of
+bounded size with them and permutes the rows inside it. With a buffer that holds all rows it is a
+full permutation.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 def generator(seed: int, *path: int) -> torch.Generator:
-    """Return a CPU generator for one place in a run, for example `generator(seed, epoch, buffer)`."""
+    """Return a CPU generator for one place in a run, such as `generator(seed, epoch, buffer)`."""
     name = ":".join(map(str, (seed, *path)))
     value = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
     return torch.Generator().manual_seed(value)
@@ -45,8 +46,8 @@ class BlockOrder:
 def block_order(counts: Int[np.ndarray, " n"], capacity: int, seed: int, epoch: int) -> BlockOrder:
     """Permute the blocks of an epoch and cut them into buffers of about equal numbers of rows.
 
-    `counts` holds the number of rows in each block. No buffer holds more than `capacity` rows plus one
-    block's.
+    `counts` holds the number of rows in each block. No buffer holds more than `capacity` rows plus
+    one block's.
     """
     blocks = np.flatnonzero(counts)
     blocks = blocks[permutation(len(blocks), seed, epoch).numpy()]

@@ -3,7 +3,7 @@
 shard-00000.safetensors    per site `{site}` (n, d) and `mask:{site}` (n,) uint8; 0 = kept
 tokens-00000.safetensors   the columns of `types.TokenTable` for the same rows
 documents-00000.jsonl      the documents whose first row is in this shard
-index.safetensors          first row of each shard and window; split, group and place of each document
+index.safetensors          first row of each shard and window; split, group, place of documents
 stats.safetensors          per site the float64 mean of the kept training rows
 """
 
@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors.torch import save
+from torch import Tensor
 
 from saelab.errors import ArtifactError
 
@@ -31,6 +33,9 @@ COLUMNS = {
     "char_start": torch.int32,
     "char_end": torch.int32,
 }
+
+_SERIAL = 32_767
+"""Most elements that torch's element-wise operations handle without starting threads."""
 
 # bfloat16 is unknown to NumPy: two-byte floats are mapped as integers and seen as floats by torch.
 _NUMPY = {
@@ -64,13 +69,13 @@ def mask_name(site: str) -> str:
     return f"mask:{site}"
 
 
-def to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
-    """Return tensors as the bytes of a safetensors file without metadata: the same bytes every time."""
+def to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file without metadata: equal every time."""
     return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Map the tensors of a safetensors file into memory, read-only; two-byte floats appear as int16.
+    """Map the tensors of a safetensors file, read-only; two-byte floats appear as int16.
 
     Raises ArtifactError naming the file if it is missing, truncated or malformed.
     """
@@ -88,6 +93,22 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
             raise _altered(path, f"its tensor {name!r} does not fit in the file")
         tensors[name] = whole[first:last].view(dtype).reshape(shape)
     return tensors
+
+
+def to_float32(stored: np.ndarray, dtype: torch.dtype) -> Float[Tensor, "n d"]:
+    """Return rows as they are mapped, of a store's dtype, as float32.
+
+    Torch converts in pieces too small for its thread pool: one thread is fast enough here, and waiting
+    for a second one makes it ten times slower on a busy machine.
+    """
+    values = torch.from_numpy(stored).view(dtype)
+    if dtype == torch.float32:
+        return values
+    found = torch.empty(values.shape)
+    step = max(1, _SERIAL // max(1, values.shape[1]))
+    for start in range(0, len(values), step):
+        found[start : start + step].copy_(values[start : start + step])
+    return found
 
 
 def _header(path: Path) -> tuple[dict, int]:

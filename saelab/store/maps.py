@@ -52,7 +52,7 @@ class ShardMaps:
     def chosen(
         self, rows: Int[np.ndarray, " n"], sites: tuple[str, ...], split: str
     ) -> Bool[np.ndarray, " n"]:
-        """Return which ascending rows belong to the split and are kept by the masks of all `sites`."""
+        """Return which ascending rows are of the split and kept by the masks of all `sites`."""
         chosen = np.ones(len(rows), dtype=bool)
         for site in sites:
             chosen &= self.column(fmt.mask_name(site), rows) == 0
@@ -61,7 +61,7 @@ class ShardMaps:
         return chosen
 
     def units(self, rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Return the bootstrap unit of ascending rows: the document, or the group it is packed with."""
+        """Return the bootstrap unit of ascending rows: the document, or its packing group."""
         return self.group[self.column("document", rows)]
 
     def _shard(self, number: int) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ class DiskStore:
     """Activations in a finished store folder; implements `protocols.Store`."""
 
     def __init__(self, path: Path, *, buffer_bytes: int = BUFFER_BYTES) -> None:
-        """Open a store. Raises ArtifactError naming the file that is missing or has another size."""
+        """Open a store. Raises ArtifactError naming a file that is missing or of another size."""
         self.path = path
         manifest = artifacts.read_manifest(path)
         if "sites" not in manifest.facts or fmt.INDEX not in manifest.files:
@@ -49,7 +49,7 @@ class DiskStore:
     # ------------------------------------------------------------------------- what there is
 
     def width(self, site: str) -> int:
-        """Return the size of the site's vectors. Raises SiteError, naming the nearest, if unknown."""
+        """Return the size of the site's vectors. Raises SiteError, naming the nearest."""
         if site not in self.facts["sites"]:
             raise SiteError(
                 f"the store {self.path} has no site {site!r}; {nearest(site, self.sites)}"
@@ -87,11 +87,11 @@ class DiskStore:
     ) -> Iterator[Batch]:
         """Yield shuffled batches of kept rows, epoch after epoch, without end.
 
-        Blocks of 16 rows are permuted over the whole store into a buffer of `buffer_bytes`, whose rows
-        are permuted again; each epoch has an order of its own. By default batches run on over the end of
-        an epoch; with `drop_last=False` an epoch ends with its short batch. With a `target` site, rows
-        are those that both masks keep. Skipping `start` batches reads none of their rows.
-        Raises CorpusError if fewer than `batch` rows are kept.
+        Blocks of 16 rows are permuted over the whole store into a buffer of `buffer_bytes`, whose
+        rows are permuted again; each epoch has an order of its own. By default batches run on over
+        the end of an epoch; with `drop_last=False` an epoch ends with its short batch. With a
+        `target` site, rows are those that both masks keep. Skipping `start` batches reads none of
+        their rows. Raises CorpusError if fewer than `batch` rows are kept.
         """
         sites = self._sites(site, target)
         order = Order(sites, split, batch, seed, drop_last)
@@ -100,7 +100,7 @@ class DiskStore:
         if shuffler.total < batch:
             raise CorpusError(
                 f"a batch of {batch} rows was asked for, but {self.path} keeps only "
-                f"{shuffler.total} {split} rows of {site}; use a smaller batch or harvest more tokens"
+                f"{shuffler.total} {split} rows of {site}; use a smaller batch or more tokens"
             )
         return shuffler.batches(start)
 
@@ -113,7 +113,7 @@ class DiskStore:
         masked: bool = False,
         target: str | None = None,
     ) -> Iterator[Batch]:
-        """Yield every row of the split once, in order; masked rows too if asked. The last may be short."""
+        """Yield each row of the split once, in order; masked ones if asked. The last is short."""
         sites = self._sites(site, target)
         waiting = np.zeros(0, dtype=np.int64)
         for first, last in self._maps.bounds():
@@ -135,8 +135,9 @@ class DiskStore:
         order = np.argsort(numbers, kind="stable")
         found = np.empty((len(numbers), width), dtype=self._maps.dtype(site))
         self._maps.gather(site, numbers[order], found)
-        back = torch.from_numpy(np.argsort(order, kind="stable"))
-        return torch.from_numpy(found)[back].view(self.dtype).float()
+        if (np.diff(order) != 1).any():
+            found = found[np.argsort(order, kind="stable")]
+        return fmt.to_float32(found, self.dtype)
 
     def _sites(self, site: str, target: str | None) -> tuple[str, ...]:
         sites = (site,) if target is None else (site, target)
@@ -188,7 +189,7 @@ class DiskStore:
         )
 
     def context(self, ref: int, before: int, after: int) -> tuple[list[str], int]:
-        """Return the token strings around a row, inside its window, and the row's place among them."""
+        """Return the token strings around a row, in its window, and the row's place among them."""
         number = int(self.window_of(torch.tensor([ref])))
         if not 0 <= number < self.n_windows:
             raise ShapeError(f"the row numbers of {self.path} lie in 0 … {self.n_rows - 1}")

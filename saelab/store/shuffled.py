@@ -7,10 +7,11 @@ from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from saelab.ops import shuffle
+from saelab.store import format as fmt
 from saelab.store.maps import ShardMaps
 from saelab.types import Batch
 
@@ -99,11 +100,9 @@ class Shuffler:
         return [np.empty((n, width), dtype=self._maps.dtype(site)) for site, width in sites]
 
     def _take(self, order: Int[Tensor, " n"]) -> Batch:
-        x, *others = [self._floats(torch.from_numpy(space), order) for space in self._space]
+        chosen = order.numpy()
+        x, *others = [fmt.to_float32(space[chosen], self._dtype) for space in self._space]
         return Batch(x, others[0] if others else x, self._numbers[order], self._units[order])
-
-    def _floats(self, space: Tensor, order: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
-        return space.index_select(0, order).view(self._dtype).float()
 
     # --------------------------------------------------------------------------------- the blocks
 

@@ -1,8 +1,9 @@
 """Stores with a planted dictionary: the directions behind the activations are known.
 
-x = a D + b + noise: D holds unit-norm directions drawn at random, a is sparse and non-negative. Each code is
-on with probability l0 / n_features, independently, with magnitude |1 + 0.25 g|, g standard normal. The truth
-lies beside the shards as `truth.safetensors`: `directions` (n_features, d) and `bias` (d).
+x = a D + b + noise: D holds unit-norm directions drawn at random, a is sparse and non-negative.
+Each code is on with probability l0 / n_features, independently, with magnitude |1 + 0.25 g|, g
+standard normal. The truth lies beside the shards as `truth.safetensors`: `directions` (n_features,
+d) and `bias` (d).
 """
 
 import hashlib

@@ -1,8 +1,9 @@
 """Writes a store shard by shard, behind the work that makes the rows, and resumes after a crash.
 
-A shard's three files are written first, then a small cursor in the draft's scratch folder with the shard's
-partial statistics: a shard without a cursor is made again. Statistics are exact float64 partials combined in
-shard order, so an interrupted store equals an uninterrupted one in every byte.
+A shard's three files are written first, then a small cursor in the draft's scratch folder with the
+shard's partial statistics: a shard without a cursor is made again. Statistics are exact float64
+partials combined in shard order, so an interrupted store equals an uninterrupted one in every
+byte.
 """
 
 import json
@@ -76,8 +77,9 @@ class StoreWriter:
     def append(self, shard: Shard, cursor: dict[str, Any] | None = None) -> None:
         """Write a shard, and with it the state from which its maker can go on.
 
-        Raises ShapeError if the shard does not have the writer's sites and widths, and, at the latest
-        with the next call, NonFiniteError if a kept row holds NaN, infinity or too large a value.
+        Raises ShapeError if the shard does not have the writer's sites and widths, and, at the
+        latest with the next call, NonFiniteError if a kept row holds NaN, infinity or too large a
+        value.
         """
         self._check(shard)
         self.wait()
@@ -173,7 +175,7 @@ def _lines(documents: tuple[Document, ...]) -> bytes:
 def _measure(
     site: str, x: Float[Tensor, "n d"], shard: Shard
 ) -> tuple[Shaped[Tensor, " n"], dict[str, Any]]:
-    """Return the mask with NONFINITE set where it holds, and exact sums over the kept training rows."""
+    """Return the mask with NONFINITE set, and exact sums over the kept training rows."""
     mask = shard.mask[site].clone()
     train = ~shard.heldout
     total = torch.zeros(x.shape[1], dtype=torch.float64)
@@ -203,7 +205,7 @@ def _refuse_nonfinite(
         return
     if not (bad & (mask == 0)).any():
         _log.warning(
-            "site %s: %d masked rows hold NaN, infinity or values that the store's dtype cannot hold",
+            "site %s: %d masked rows hold NaN, infinity or more than the store's dtype can hold",
             site,
             int(bad.sum()),
         )
