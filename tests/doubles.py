@@ -11,7 +11,7 @@ from saelab.types import Batch, Window
 
 
 class ArrayStore:
-    """A store of arrays in memory: windows of 16 rows, one document each; every fifth is held out."""
+    """Arrays in memory: windows of 16 rows, one document each; every fifth is held out."""
 
     def __init__(self, sites: Mapping[str, Tensor], *, window: int = 16) -> None:
         self._x = dict(sites)
@@ -115,7 +115,7 @@ class ArrayStore:
 def planted_store(
     *, n: int = 4000, d: int = 16, latents: int = 24, active: int = 2, seed: int = 0
 ) -> tuple[ArrayStore, Tensor]:
-    """Return a store of sparse non-negative sums of unit directions plus a bias, and the directions."""
+    """Return a store of sparse sums of unit directions plus a bias, and the directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(latents, d, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)

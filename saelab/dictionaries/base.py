@@ -23,10 +23,10 @@ WEIGHTS = "weights.safetensors"
 
 
 class DictionaryConfig(Config):
-    """What every type's configuration holds; a type adds `type: Literal[...]` and its own fields."""
+    """What every type's configuration holds; a type adds its own fields."""
 
-    type: str
-    """Name in the registry."""
+    type: Any
+    """Name in the registry: a type narrows it to one literal."""
     d_in: PositiveInt
     """Width of the input site."""
     d_sae: PositiveInt
@@ -41,14 +41,15 @@ class DictionaryConfig(Config):
 class BaseDictionary(nn.Module, ABC):
     """A dictionary with a linear decoder and row-wise codes.
 
-    A type gives `encode` and, where biases or thresholds carry the unit of x, `scale_`. Everything that a
-    loaded dictionary needs is a parameter or a buffer. All methods are pure but those that end in `_`.
+    A type gives `encode` and, where biases or thresholds carry the unit of x, `scale_`. Everything
+    that a loaded dictionary needs is a parameter or a buffer. All methods are pure but those that
+    end in `_`.
     """
 
     config_class: ClassVar[type[DictionaryConfig]]
 
     def __init__(self, config: DictionaryConfig, *, d_out: int | None = None) -> None:
-        """Allocate the decoder: unit-norm first axes and no bias, until `init_` or a file fills it."""
+        """Allocate the decoder: unit axes and no bias, until `init_` or a file fills it."""
         super().__init__()
         self.config = config
         self.d_in = config.d_in
@@ -75,8 +76,8 @@ class BaseDictionary(nn.Module, ABC):
         width = z.d_sae if isinstance(z, SparseLatents) else z.shape[-1]
         if width != self.d_sae:
             raise ShapeError(
-                f"codes have {width} latents, but this {self.config.type} dictionary has {self.d_sae}; "
-                "decode them with the dictionary that made them"
+                f"codes have {width} latents, but this {self.config.type} dictionary has "
+                f"{self.d_sae}; decode them with the dictionary that made them"
             )
         if isinstance(z, SparseLatents):
             return sparse.decode_ragged(z, self.W_dec) + self.b_dec
@@ -96,8 +97,8 @@ class BaseDictionary(nn.Module, ABC):
         """Return x as (n, d_in) in the weights' dtype and on their device. Raises ShapeError."""
         if x.ndim == 0 or x.shape[-1] != self.d_in:
             raise ShapeError(
-                f"activations have shape {tuple(x.shape)}, but this {self.config.type} dictionary takes "
-                f"width {self.d_in}. Is this the site that it was trained on?"
+                f"activations have shape {tuple(x.shape)}, but this {self.config.type} "
+                f"dictionary takes width {self.d_in}. Is this the site that it was trained on?"
             )
         return x.to(self.W_dec).reshape(-1, self.d_in)
 
@@ -131,14 +132,14 @@ class BaseDictionary(nn.Module, ABC):
         if own != came:
             odd = sorted(name for name in own | came if own.get(name) != came.get(name))
             raise ArtifactError(
-                f"{origin} should hold tensors {own}, but holds {came} (different: {', '.join(odd)}): "
-                "it was altered, or made by another version of this type"
+                f"{origin} should hold tensors {own}, but holds {came} (different: "
+                f"{', '.join(odd)}): it was altered, or made by another version of this type"
             )
         self.load_state_dict(tensors, assign=True)
 
 
 def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a saved dictionary's configuration and weights. Raises ArtifactError, naming the file."""
+    """Read a saved dictionary's configuration and weights. Raises ArtifactError."""
     head = artifacts.read_json(path / CONFIG)
     if not isinstance(head, dict) or head.get("schema") != SCHEMA or "config" not in head:
         raise ArtifactError(f"{path / CONFIG} does not describe a dictionary of schema {SCHEMA}")
@@ -147,7 +148,7 @@ def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ArtifactError(f"{weights} is missing: copy or make the dictionary again")
     if artifacts.hash_file(weights) != head.get("weights_sha256"):
         raise ArtifactError(
-            f"{weights} does not have the sha256 that {CONFIG} records: it was truncated or altered; "
-            "copy or make the dictionary again"
+            f"{weights} does not have the sha256 that {CONFIG} records: it was truncated or "
+            "altered; copy or make the dictionary again"
         )
     return head["config"], safetensors.torch.load_file(weights)

@@ -2,9 +2,9 @@
 
     pre = (x − b_dec) W_encᵀ + b_enc        z = ReLU(TopK_k(pre))        x_hat = z W_dec + b_dec
 
-Loss: Σ‖x − x_hat‖² / (n · variance) + aux_weight · AuxK, where `variance` is the total variance of the sample
-that the weights were initialised from. Decoder rows keep unit norm: their gradient is projected before
-clipping, and they are renormalised after the step.
+Loss: Σ‖x − x_hat‖² / (n · variance) + aux_weight · AuxK, where `variance` is the total variance of
+the sample that the weights were initialised from. Decoder rows keep unit norm: their gradient is
+projected before clipping, and they are renormalised after the step.
 
 Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093.
 """
@@ -93,7 +93,7 @@ class TopK(BaseDictionary, GradientTrained):
 
     @torch.no_grad()
     def init_(self, sample: Float[Tensor, "n d_in"], generator: torch.Generator) -> None:
-        """Encoder = decoder = random unit rows, b_enc = 0, b_dec = geometric median of the sample."""
+        """Set encoder = decoder = random unit rows, b_enc = 0, b_dec = geometric median."""
         directions = torch.randn(self.W_dec.shape, generator=generator)
         self.W_dec.copy_(linalg.unit_rows(directions))
         self.W_enc.copy_(self.W_dec)

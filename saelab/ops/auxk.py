@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to explain what the living ones leave over (Gao et al. 2024, section 2.4)."""
+"""AuxK: dead latents learn to explain what the living ones leave (Gao et al. 2024)."""
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,12 @@ def auxk_loss(
     W_dec: Float[Tensor, "n_dead d_out"],
     aux_k: int,
 ) -> Float[Tensor, ""]:
-    """Return the share of the residual's variance that the dead latents leave, × min(n_dead/aux_k, 1).
+    """Return the share of the residual that dead latents leave, × min(n_dead / aux_k, 1).
 
-    `pre` and `W_dec` are the dead latents' rows only; `pre` must hold no gradient path to a bias that living
-    latents share. Target and normaliser are detached and no bias is added, so the gradient reaches nothing
-    but the dead latents. A residual without variance gives 0, also where it is not finite.
+    `pre` and `W_dec` are the dead latents' rows only; `pre` must hold no gradient path to a bias
+    that living latents share. Target and normaliser are detached and no bias is added, so the
+    gradient reaches nothing but the dead latents. A residual without variance gives 0, also where
+    it is not finite.
     """
     n_dead = len(W_dec)
     if n_dead == 0 or len(error) == 0:

@@ -19,8 +19,9 @@ def geometric_median(
 ) -> Float[Tensor, " d"]:
     """Return the point with the smallest sum of distances to the rows of x.
 
-    Weiszfeld's iteration with the step of Vardi and Zhang (2000), which neither divides by a zero distance
-    nor sticks to a row. Stops when it moves by less than `tolerance` of the rows' mean distance from the mean.
+    Weiszfeld's iteration with the step of Vardi and Zhang (2000), which neither divides by a zero
+    distance nor sticks to a row. Stops when it moves by less than `tolerance` of the rows' mean
+    distance from the mean.
     """
     median = x.mean(0)
     spread = (x - median).norm(dim=-1).mean()

@@ -8,7 +8,8 @@ from torch import Tensor
 def topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """Return the k largest pre-activations of each row and where they are, in no promised order.
 
-    The values keep their sign: what is done with negative ones (usually ReLU) is the caller's choice.
+    The values keep their sign: what is done with negative ones (usually ReLU) is the caller's
+    choice.
     """
     values, indices = pre.topk(k, dim=-1, sorted=False)
     return indices, values

@@ -1,14 +1,15 @@
 """Products with sparse codes, forwards and backwards, on (indices, values) only.
 
-A code with k of d_sae latents per row needs k/d_sae of the arithmetic of a dense one. Two differentiable
-operations carry a training step: `encode_at`, the pre-activations of chosen latents, and `decode_at`, the
-weighted sum of their decoder directions. Each has its obvious dense form beside it, for tests and for reading.
-Selection stays outside, so any rule that yields (indices, values) can use them.
+A code with k of d_sae latents per row needs k/d_sae of the arithmetic of a dense one. Two
+differentiable operations carry a training step: `encode_at`, the pre-activations of chosen latents,
+and `decode_at`, the weighted sum of their decoder directions. Each has its obvious dense form
+beside it, for tests and for reading. Selection stays outside, so any rule that yields (indices,
+values) can use them.
 
 Measured at 576 → 4608, k 32, 2048 rows, two cores, against other ways to do the same (ms):
-scattering sums by embedding-bag over the transposed order 15, by CSR product 40, by `index_add` 150;
-picking products by `sampled_addmm` 8, by gathering chunks of rows 105, from the dense product 130.
-The sums are done in a fixed order, so on a CPU equal inputs give equal bits.
+scattering sums by embedding-bag over the transposed order 15, by CSR product 40, by `index_add`
+150; picking products by `sampled_addmm` 8, by gathering chunks of rows 105, from the dense product
+130. The sums are done in a fixed order, so on a CPU equal inputs give equal bits.
 """
 
 import warnings
@@ -34,7 +35,7 @@ def encode_at_dense(
     b_enc: Float[Tensor, " d_sae"],
     indices: Int[Tensor, "n k"],
 ) -> Float[Tensor, "n k"]:
-    """Return entries `indices` of each row of `(x − b_in) W_encᵀ + b_enc`, from the dense product."""
+    """Return entries `indices` of each row of the dense `(x − b_in) W_encᵀ + b_enc`."""
     return ((x - b_in) @ W_enc.T + b_enc).gather(-1, indices)
 
 
@@ -61,8 +62,8 @@ def encode_at(
 ) -> Float[Tensor, "n k"]:
     """Make `values`, entries of `(x − b_in) W_encᵀ + b_enc` found without gradient, differentiable.
 
-    `indices` are unique per row; `values` are trusted and returned. Gradients reach all of x, b_in, W_enc
-    and b_enc, and cost k/d_sae of a dense backward pass.
+    `indices` are unique per row; `values` are trusted and returned. Gradients reach all of x, b_in,
+    W_enc and b_enc, and cost k/d_sae of a dense backward pass.
     """
     return _EncodeAt.apply(x, b_in, W_enc, b_enc, indices, values)  # pyright: ignore[reportReturnType]
 
@@ -99,7 +100,7 @@ class _EncodeAt(torch.autograd.Function):
         x: Tensor,
         b_in: Tensor,
         W_enc: Tensor,
-        b_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004  (receives a gradient)
         indices: Tensor,
         values: Tensor,
     ) -> Tensor:
@@ -147,7 +148,7 @@ def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
 
 
 def _transposed_product(indices: Tensor, values: Tensor, x: Tensor, d_sae: int) -> Tensor:
-    """Return Zᵀ x for the sparse matrix Z of these codes: per latent, a weighted sum of rows of x."""
+    """Return Zᵀ x for the sparse matrix Z of these codes: per latent, a sum of rows of x."""
     if indices.numel() == 0:
         return x.new_zeros(d_sae, x.shape[1])
     latents, order = indices.reshape(-1).sort(stable=True)

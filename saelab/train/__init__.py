@@ -1,0 +1,1 @@
+"""Training: members, schedules, checkpoints, and the loop that feeds them all."""

@@ -1,4 +1,4 @@
-"""The laws of ARCHITECTURE.md for one type of dictionary; each law is a function of a registry name."""
+"""The laws of ARCHITECTURE.md for one type: each is a function of a registry name."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def some_rows(d_in: int, seed: int = 1, n: int = N) -> Tensor:
 
 
 def ready(name: str, seed: int = 0) -> BaseDictionary:
-    """Return a dictionary of the type as after some training: initialised, with every bias moved."""
+    """Return a dictionary as after some training: initialised, every bias moved."""
     dictionary = dictionaries.create(dictionaries.config_class(name).example())
     generator = torch.Generator().manual_seed(seed)
     if isinstance(dictionary, GradientTrained):
@@ -49,7 +49,7 @@ def rows_law(name: str) -> None:
 
 
 def affine_law(name: str) -> None:
-    """decode(z) is z @ W_dec + b_dec, and reconstruct is decode ∘ encode plus offset minus b_dec."""
+    """decode(z) is z @ W_dec + b_dec, and reconstruct adds offset − b_dec to it."""
     d = ready(name)
     z = some_rows(d.d_sae)
     torch.testing.assert_close(d.decode(z), z @ d.W_dec + d.b_dec)
@@ -59,7 +59,7 @@ def affine_law(name: str) -> None:
 
 
 def pure_law(name: str) -> None:
-    """Encode, decode and loss change neither weights nor gradients, grad mode, or global randomness."""
+    """Encode, decode and loss change no weight, gradient, grad mode or global randomness."""
     for training in (True, False):
         d = ready(name).train(training)
         before = {k: v.clone() for k, v in d.state_dict().items()}
@@ -146,7 +146,7 @@ def dtype_law(name: str) -> None:
 
 
 def scale_law(name: str) -> None:
-    """fold(s).encode(x) is encode(s·x)/s; folding leaves the given one as it was, and 1 is identity."""
+    """fold(s).encode(x) is encode(s·x)/s; folding changes nothing given, and 1 is identity."""
     d = ready(name)
     before = {k: v.clone() for k, v in d.state_dict().items()}
     x = some_rows(d.d_in)
@@ -161,7 +161,7 @@ def scale_law(name: str) -> None:
 
 
 def signed_law(name: str) -> None:
-    """A latent fires where z ≠ 0: the loss's l0 and fired ids agree with that on a row-wise type."""
+    """A latent fires where z ≠ 0, and the loss of a row-wise type counts so."""
     d = ready(name)
     if not isinstance(d, GradientTrained) or d.l0_bound is None:
         return

@@ -1,0 +1,243 @@
+"""Training by gradient steps: one member's optimiser, counters, metrics and checkpoints.
+
+A member owns all of its state and draws nothing from shared randomness, so what it becomes does not
+depend on who else is trained on the stream.
+"""
+
+import copy
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from saelab import artifacts
+from saelab.errors import NonFiniteError, ShapeError
+from saelab.protocols import Dictionary, Loss, Store
+from saelab.train import checkpoint, schedules
+from saelab.train.config import ADAM_EPS, Fitted, Member, TrainConfig
+from saelab.types import Batch
+
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+@runtime_checkable
+class Trainee(Dictionary, Protocol):
+    """What training needs of a dictionary: `GradientTrained`, a module, and `folded`."""
+
+    def init_(self, sample: Tensor, generator: torch.Generator) -> None: ...  # noqa: D102
+    def loss(self, batch: Batch, progress: float, dead: Tensor) -> Loss: ...  # noqa: D102
+    def constrain_grad_(self) -> None: ...  # noqa: D102
+    def constrain_(self) -> None: ...  # noqa: D102
+    def observe_(self, loss: Loss) -> None: ...  # noqa: D102
+    def calibrate(self, batches: Iterable[Batch]) -> None: ...  # noqa: D102
+    def folded(self, scale: float) -> "Trainee": ...  # noqa: D102
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...  # noqa: D102
+
+
+class GradientTrainer:
+    """One member in training, on inputs scaled to mean norm √d_in."""
+
+    def __init__(self, member: Member, store: Store, config: TrainConfig) -> None:
+        """Take a copy of the member's dictionary. Raises ShapeError on a site of another width."""
+        given: Trainee = member.dictionary  # pyright: ignore[reportAssignmentType]
+        width = store.width(member.site)
+        if given.d_in != width:
+            raise ShapeError(
+                f"{member.name}: site {member.site!r} has width {width}, but the dictionary takes "
+                f"{given.d_in}. Is this the site that it is meant for?"
+            )
+        self.member = member
+        self.config = config
+        self.scale = input_scale(store, member.site)
+        started = given.folded(1 / self.scale) if member.initialised else copy.deepcopy(given)
+        self.dictionary: Trainee = started
+        self.device = given.W_dec.device
+        self.lr = member.lr or schedules.default_lr(given.d_sae)
+        self.generator = torch.Generator().manual_seed(member.seed)
+        self.parameters = [p for p in started.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            self.parameters,
+            lr=self.lr,
+            betas=config.betas,
+            eps=ADAM_EPS,
+            fused=self.device.type in {"cpu", "cuda"},
+        )
+        self.silent = torch.zeros(given.d_sae, dtype=torch.int64, device=self.device)
+        """Tokens since each latent fired."""
+        self.done = 0
+        """Steps taken."""
+        self.resumed_at = 0
+        self.metrics: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------------------------- steps
+
+    @property
+    def needs_init(self) -> bool:
+        """Whether `init_` must be called before the first step."""
+        return self.done == 0 and not self.member.initialised
+
+    def init_(self, sample: Tensor) -> None:
+        """Initialise the weights from a sample of scaled activations."""
+        self.dictionary.init_(sample, self.generator)
+
+    def step(self, batch: Batch) -> bool:
+        """Take one step on a scaled batch; return whether a line of metrics was written."""
+        config, dictionary = self.config, self.dictionary
+        dead = self.silent >= config.window
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=config.autocast == "bfloat16"
+        ):
+            loss = dictionary.loss(batch, self.done / config.steps, dead)
+        self._check_finite(loss.total, "loss")
+        self.optimizer.zero_grad()
+        loss.total.backward()
+        dictionary.constrain_grad_()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        self._check_finite(norm, "gradient")
+        lr = self._set_lr()
+        self.optimizer.step()
+        dictionary.constrain_()
+        dictionary.observe_(loss)
+        self.silent += len(batch)
+        self.silent[loss.fired] = 0
+        self.done += 1
+        if self.done % config.log_every and self.done != config.steps:
+            return False
+        self._log(loss, float(norm), lr)
+        return True
+
+    def _set_lr(self) -> float:
+        middle = (self.done + 0.5) / self.config.steps
+        factor = schedules.lr_factor(middle, warmup=self.config.warmup, decay=self.config.decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        return self.lr * factor
+
+    def _check_finite(self, value: Tensor, what: str) -> None:
+        if not bool(torch.isfinite(value)):
+            raise NonFiniteError(
+                f"{self.member.name}: the {what} became {float(value.detach())} "
+                f"at step {self.done + 1} of {self.config.steps} (peak lr {self.lr:.3g}). "
+                f"Try a lower lr, for example {self.lr / 3:.1g}, or a longer warmup."
+            )
+
+    # ----------------------------------------------------------------------------------- metrics
+
+    def _log(self, loss: Loss, norm: float, lr: float) -> None:
+        line = {
+            "step": self.done,
+            "tokens": self.done * self.config.batch,
+            "loss": float(loss.total.detach()),
+            **{name: float(term.detach()) for name, term in loss.terms.items()},
+            "l0": float(loss.l0),
+            "dead": float((self.silent >= self.config.window).float().mean()),
+            "grad_norm": norm,
+            "lr": lr,
+        }
+        self.metrics.append(line)
+        if self.member.draft is not None:
+            path = self.member.draft.folder / METRICS
+            artifacts.append_file(path, artifacts.canonical_line(line))
+
+    def _cut_metrics(self, path: Path) -> None:
+        """Drop the lines after the checkpoint's step, and a torn last one."""
+        lines = []
+        for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+            line = json.loads(text)
+            if line["step"] <= self.done:
+                lines.append(line)
+        self.metrics = lines
+        if path.exists():
+            artifacts.write_file(path, b"".join(map(artifacts.canonical_line, lines)))
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self) -> None:
+        """Write the whole state between two steps; nothing without a draft."""
+        if self.member.draft is None:
+            return
+        adam = self.optimizer.state_dict()["state"]
+        tensors = {f"weights.{name}": t for name, t in self.dictionary.state_dict().items()}
+        tensors |= {f"adam.{i}.{name}": t for i, s in adam.items() for name, t in s.items()}
+        tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
+        state = {"step": self.done, **_machine()}
+        checkpoint.write(self.member.draft.scratch, tensors, state)
+
+    def resume(self) -> None:
+        """Take up the last checkpoint, if there is one, and cut the metrics at its step."""
+        if self.member.draft is None:
+            return
+        found = checkpoint.read(self.member.draft.scratch)
+        if found is not None:
+            tensors, state = found
+            self._restore(tensors)
+            self.done = self.resumed_at = state["step"]
+            here = _machine()
+            changed = [f"{k} {state[k]} → {v}" for k, v in here.items() if state[k] != v]
+            if changed:
+                log.warning(
+                    "%s goes on from step %d under other conditions (%s): the result may differ "
+                    "in its last bits from an uninterrupted run's",
+                    self.member.name, self.done, ", ".join(changed),
+                )  # fmt: skip
+        self._cut_metrics(self.member.draft.folder / METRICS)
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        weights, adam = {}, {}
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition(".")
+            if head == "weights":
+                weights[rest] = tensor
+            elif head == "adam":
+                number, _, key = rest.partition(".")
+                adam.setdefault(int(number), {})[key] = tensor
+        self.dictionary.load_state_dict(weights)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": adam, "param_groups": groups})
+        self.silent.copy_(tensors["silent"])
+        self.generator.set_state(tensors["generator"])
+
+    # ------------------------------------------------------------------------------------ finish
+
+    def finish(self, calibration: Iterable[Batch]) -> Fitted:
+        """Calibrate, fold the input scale in, save into the draft; return the trained member."""
+        self.dictionary.calibrate(calibration)
+        trained = self.dictionary.folded(self.scale)
+        if self.member.draft is not None:
+            trained.save(self.member.draft.folder)
+        last = self.metrics[-1]
+        facts = {
+            "type": trained.config.type,
+            "site": self.member.site,
+            "d_in": trained.d_in,
+            "d_sae": trained.d_sae,
+            "lr": self.lr,
+            "input_scale": self.scale,
+            "dead_window": self.config.window,
+            **{f"last_{key}": last[key] for key in ("loss", "l0", "dead")},
+        }
+        return Fitted(self.member.name, trained, self.metrics, facts)
+
+
+def input_scale(store: Store, site: str) -> float:
+    """Return the constant that brings the site's training rows to mean norm √d."""
+    mean_norm = store.stats(site).mean_norm
+    if not (math.isfinite(mean_norm) and mean_norm > 0):
+        raise NonFiniteError(
+            f"site {site!r} has mean norm {mean_norm}: activations should be finite and not all 0. "
+            "Look at the store with `saelab list`, or harvest it again."
+        )
+    return store.width(site) ** 0.5 / mean_norm
+
+
+def _machine() -> dict[str, Any]:
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
