@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = (
-    "evaluate", "fit", "index", "load", "load_model", "open_features", "open_store", "run", "steer",
+    "evaluate", "fit", "index", "load", "load_model", "open_features", "open_store",
 )  # fmt: skip
 
 
@@ -14,9 +14,11 @@ def __getattr__(name: str) -> Any:
     """Load the public functions on first use, so that `import saelab` costs nothing."""
     if name in _API:
         return getattr(importlib.import_module("saelab.api"), name)
+    if name == "run":
+        return importlib.import_module("saelab.pipeline").run
     raise AttributeError(f"module 'saelab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """List the public functions."""
-    return sorted([*globals(), *_API])
+    return sorted([*globals(), *_API, "run"])

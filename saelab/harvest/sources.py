@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 from saelab import assets
 from saelab.config import digest
 from saelab.errors import CorpusError, nearest
+from saelab.harvest import toytext
 
 SampleBy = Literal["file", "paragraph", "line"]
 Label = str | int | float | None
@@ -56,6 +57,10 @@ def records(request: Request) -> Iterator[Record]:
     Raises AssetError or CorpusError if the source is unknown, holds no readable file or is not
     UTF-8.
     """
+    if request.source == "toy":
+        for number, (text, topic) in enumerate(toytext.documents()):
+            yield Record(text, topic, f"toy document {number}")
+        return
     if request.source.startswith("hub:"):
         yield from _hub(request)
         return
@@ -70,6 +75,8 @@ def records(request: Request) -> Iterator[Record]:
 
 def checksum(source: str) -> str:
     """Return the content checksum of a source, for stage keys; nothing is read out of it."""
+    if source == "toy":
+        return digest({"toy": toytext.VERSION})
     if source.startswith("hub:"):
         return _hub_commit(*_hub_name(source))
     if _is_glob(source):

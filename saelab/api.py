@@ -1,0 +1,321 @@
+"""The one module that knows every concrete package: it opens, loads and hands objects to the verbs.
+
+The first half is what people call from notebooks; the second is what a run's stages call to fill
+an artifact's draft.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab import artifacts, assets, dictionaries, models, store
+from saelab.artifacts import Draft, canonical_line, read_manifest
+from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
+from saelab.evals.core import CoreConfig, CoreEvaluator
+from saelab.features.build import IndexConfig, build
+from saelab.features.read import Features
+from saelab.harvest import corpus as corpora
+from saelab.harvest.corpus import CorpusConfig
+from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
+from saelab.progress import Bar
+from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.stats import ResultRow
+from saelab.store.synthetic import SyntheticConfig, fill_synthetic
+from saelab.train.fit import Fitted, Member, TrainConfig
+from saelab.train.fit import fit as fit_members
+from saelab.train.progress import TrainProgress
+
+# -------------------------------------------------------------------------------------- notebooks
+
+
+def load_model(
+    source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
+) -> LanguageModel:
+    """Load a language model: a named asset, `hub:org/name`, a folder, a GGUF file, or `toy`."""
+    return models.load_model(source, dtype=dtype, device=device)
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a finished store for reading. Raises ArtifactError if it is incomplete or altered."""
+    return store.open_store(_artifact(path, "store"))
+
+
+def load(path: str | Path) -> Dictionary:
+    """Load a finished dictionary; it takes raw activations."""
+    return dictionaries.load(_artifact(path, "dictionary"))
+
+
+def open_features(path: str | Path) -> Features:
+    """Open a finished feature index, read-only."""
+    return Features(_artifact(path, "features"))
+
+
+def fit(
+    config: Mapping[str, Any],
+    activations: Store,
+    train: TrainConfig | Mapping[str, Any],
+    *,
+    site: str | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+) -> Dictionary:
+    """Train one dictionary in memory and return it; it takes raw activations.
+
+    `config` holds the type's fields without `d_in`, for example `{"type": "topk", "d_sae": 4096,
+    "k": 32}`; `train` at least `tokens`. Nothing is written.
+    """
+    site = choose_site(activations, site)
+    full = {**config, "d_in": activations.width(site)}
+    settings = train if isinstance(train, TrainConfig) else TrainConfig.parse(dict(train))
+    member = Member("fit", dictionaries.create(full), site, lr=lr, seed=seed)
+    return fit_members([member], activations, settings)[0].dictionary
+
+
+def evaluate(
+    dictionary: Dictionary,
+    activations: Store,
+    model: LanguageModel | None = None,
+    *,
+    config: CoreConfig | None = None,
+    site: str | None = None,
+) -> list[ResultRow]:
+    """Score a dictionary with the core evaluator; without a model the downstream rows are left out."""
+    return list(CoreEvaluator(config, choose_site(activations, site))(dictionary, activations, model))
+
+
+def index(
+    dictionary: Dictionary,
+    activations: Store,
+    out: str | Path,
+    *,
+    model: LanguageModel | None = None,
+    name: str = "features",
+    config: IndexConfig | None = None,
+    site: str | None = None,
+) -> Features:
+    """Build a feature index under `out/features/` and open it."""
+    settings = config or IndexConfig()
+    inputs = {"index": settings.plain(), "store": activations.content_hash, "name": name}
+    inputs["dictionary"] = _weights_hash(dictionary)
+    key = artifacts.stage_key("features", 0, inputs, [])
+    found = artifacts.find(Path(out), "features", name, key)
+    if found is not None:
+        return Features(found)
+    with artifacts.open_draft(Path(out), "features", name, key) as draft:
+        site = choose_site(activations, site)
+        facts = build(draft, dictionary, activations, model, settings, site=site)
+        draft.finish(stage="features", name=name, inputs=inputs, parents=[], facts=facts)
+        return Features(draft.target)
+
+
+def _weights_hash(dictionary: Dictionary) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        dictionary.save(Path(folder))
+        return artifacts.hash_file(Path(folder) / "weights.safetensors")
+
+
+def _artifact(path: str | Path, stage: str) -> Path:
+    """Check that a folder is a finished artifact of a stage."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    if manifest.stage != stage:
+        raise ArtifactError(f"{path} is a {manifest.stage}, but a {stage} is wanted")
+    return path
+
+
+def choose_site(activations: Store, site: str | None) -> str:
+    """Return the asked site, or the only one. Raises ConfigError or SiteError otherwise."""
+    if site is None:
+        if len(activations.sites) > 1:
+            raise ConfigError(
+                f"the store has the sites {', '.join(activations.sites)}; say which with `site:`"
+            )
+        return activations.sites[0]
+    if site not in activations.sites:
+        raise SiteError(f"the store has no site {site!r}; {nearest(site, activations.sites)}")
+    return site
+
+
+# ------------------------------------------------------------------------------- the store's stage
+
+
+def store_inputs(
+    identity: models.ModelIdentity, corpus: CorpusConfig, settings: HarvestConfig
+) -> dict[str, Any]:
+    """Return the fields that change a store's bytes: resolved dtypes, checksums, no speed settings."""
+    dtype = getattr(torch, identity.dtype)
+    return {
+        "model": identity.fingerprint,
+        "corpus": corpora.identity(corpus),
+        "harvest": settings.plain() | {"dtype": store_dtype(settings, dtype)},
+    }
+
+
+def store_bytes(model: LanguageModel, corpus: CorpusConfig, settings: HarvestConfig) -> int:
+    """Return about how many bytes a store will take. Raises SiteError for an unknown site."""
+    width = sum(model.site(name).width for name in settings.sites)
+    itemsize = 4 if store_dtype(settings, model.dtype) == "float32" else 2
+    per_token = width * itemsize + len(settings.sites) + 36
+    text = 6
+    return corpus.tokens * (per_token + text)
+
+
+def make_store(
+    draft: Draft, model: LanguageModel, corpus: CorpusConfig, settings: HarvestConfig
+) -> dict[str, Any]:
+    """Harvest a corpus into a store's draft; return the manifest's facts."""
+    sites = {name: model.site(name).width for name in settings.sites}
+    dtype = store_dtype(settings, model.dtype)
+    with (
+        Bar("harvest", corpus.tokens, "tokens") as bar,
+        store.StoreWriter(draft, sites, dtype, rows_per_shard=settings.rows_per_shard) as writer,
+    ):
+        return harvest(model, corpus, settings, writer, report=lambda done, *_: bar.update(done))
+
+
+def make_synthetic_store(draft: Draft, config: SyntheticConfig) -> dict[str, Any]:
+    """Fill a store's draft with a planted dictionary's activations."""
+    return fill_synthetic(draft, config)
+
+
+def shared_stores() -> Path:
+    """Return the folder in the cache that holds the stores."""
+    return assets.cache_dir() / "artifacts"
+
+
+def remove_shared_store(key: str) -> Path:
+    """Remove the one shared store whose key starts so. Raises ArtifactError if none or several do."""
+    found = [p for p, m in artifacts.find_all(shared_stores(), "store") if m.key.startswith(key)]
+    if len(found) != 1:
+        raise ArtifactError(
+            f"{len(found)} stores have a key that starts with {key!r}; `saelab cache list` shows them"
+        )
+    shutil.rmtree(found[0])
+    return found[0]
+
+
+# ------------------------------------------------------------------------- the dictionaries' stage
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """A dictionary to train, as a run describes it."""
+
+    name: str
+    config: dict[str, Any]
+    lr: float | None
+    seed: int
+    site: str
+    init: Path | None
+    draft: Draft
+
+
+def train(
+    specs: Sequence[MemberSpec],
+    path: Path,
+    settings: TrainConfig,
+    *,
+    device: torch.device,
+) -> list[Fitted]:
+    """Train the members on one stream and save each into its draft."""
+    activations = open_store(path)
+    members = [_member(spec, device) for spec in specs]
+    with TrainProgress() as progress:
+        return fit_members(members, activations, settings, report=progress)
+
+
+def _member(spec: MemberSpec, device: torch.device) -> Member:
+    dictionary = dictionaries.create(spec.config)
+    if spec.init is not None:
+        dictionary = dictionaries.load(_artifact(spec.init, "dictionary"))
+        if dictionary.config.plain() != spec.config:
+            raise ConfigError(
+                f"{spec.name} continues from {spec.init}, which has another configuration: "
+                f"{dictionary.config.plain()} instead of {spec.config}"
+            )
+    return Member(
+        spec.name, dictionary.to(device), spec.site,
+        lr=spec.lr, seed=spec.seed, draft=spec.draft, initialised=spec.init is not None,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------- the results and features stages
+
+
+def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of the evaluation goes into a results key: each evaluator's version and settings."""
+    versions = {"core": CoreEvaluator.version}
+    return {
+        "evals": {
+            name: {"version": versions[name], "config": configs[name].plain()} for name in evals
+        }
+    }
+
+
+def write_results(
+    draft: Draft,
+    dictionary: Path,
+    path: Path,
+    model: LanguageModel | None,
+    *,
+    evals: Sequence[str],
+    configs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Score a dictionary into a results draft; return the manifest's facts."""
+    manifest = read_manifest(dictionary)
+    activations, site = open_store(path), manifest.facts["site"]
+    origin = {
+        "dictionary": manifest.content_hash,
+        "store": activations.content_hash,
+        "model": activations.model_fingerprint,
+        "site": site,
+    }
+    device = model.device if model is not None else torch.device("cpu")
+    loaded = dictionaries.load(dictionary).to(device)
+    evaluators = {"core": lambda: CoreEvaluator(configs["core"], site)}
+    lines = []
+    for name in evals:
+        with _spinner(f"evaluate {name}"):
+            rows = evaluators[name]()(loaded, activations, model)
+            lines += [canonical_line(row.plain() | origin) for row in rows]
+    draft.write("results.jsonl", b"".join(lines))
+    return {"n_results": len(lines), "evals": list(evals), "site": site}
+
+
+def write_features(
+    draft: Draft, dictionary: Path, path: Path, model: LanguageModel | None, config: IndexConfig
+) -> dict[str, Any]:
+    """Index a dictionary's features into a draft; return the manifest's facts."""
+    manifest, source = read_manifest(dictionary), read_manifest(path)
+    meta = {
+        "dictionary": {
+            "name": manifest.name,
+            "content_hash": manifest.content_hash,
+            "facts": manifest.facts,
+        },
+        "model": source.facts.get("model"),
+        "store": source.content_hash,
+    }
+    device = model.device if model is not None else torch.device("cpu")
+    loaded, site = dictionaries.load(dictionary).to(device), manifest.facts["site"]
+    with Bar("index", 100, "%") as bar:
+        return build(
+            draft, loaded, open_store(path), model, config,
+            site=site, meta=meta,
+            report=lambda step, share: bar.update(round(100 * share), step),
+        )  # fmt: skip
+
+
+@contextmanager
+def _spinner(title: str) -> Any:
+    started = time.monotonic()
+    with Bar(title, None, "") as bar:
+        yield bar
+        bar.note(f"{title}: {time.monotonic() - started:.0f} s")
