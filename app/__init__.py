@@ -1,0 +1,5 @@
+"""The browser app: Streamlit pages over a run's artifacts. `launch` starts it."""
+
+from saelab_app.launch import launch
+
+__all__ = ["launch"]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.protocols import Dictionary, LanguageModel, SiteStats, Store
 from saelab.types import Batch, SparseLatents, Window
 
 WORDS = [
@@ -64,6 +64,13 @@ class TinyStore(Store):
     def windows(self, site, *, split="all", limit=None) -> Iterator[Window]:
         for number in range(self.n_windows):
             yield self.window(site, number)
+
+    def stats(self, site: str) -> SiteStats:
+        x = self.x[self.kept & ~self.heldout].double()
+        norm = x.norm(dim=1)
+        return SiteStats(
+            len(x), x.mean(0), float(norm.mean()), float((norm**2).mean()), float(norm.median())
+        )
 
     def window(self, site: str, number: int) -> Window:
         rows = slice(int(self.first[number]), int(self.first[number + 1]))

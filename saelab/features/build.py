@@ -88,7 +88,7 @@ def build(
 ) -> dict[str, Any]:
     """Write `features.db` into the draft; return facts for its manifest.
 
-    Without a model there are no logit effects. `meta` is stored as it is and must be JSON-ready and
+    Without a model there are no logit effects. `meta` is stored as it is, beside the mean activation, and must be JSON-ready and
     free of times and paths. Memory: about 300 MB for firings, 4 bytes per row and the dictionary;
     disk: 12 bytes per firing while building.
     Raises SiteError if the store lacks the site, ShapeError if it has another width.
@@ -246,7 +246,8 @@ class _Writer:
             previous = i
             rows.append((s.block.first + i, rank, names[t], f, _short(w)))
             if rank < 3:
-                gists[i] = f"{gists[i]} · {names[t].strip()}" if rank else names[t].strip()
+                word = _word(names[t])
+                gists[i] = f"{gists[i]} · {word}" if rank else word
         self._insert("token", rows)
         return gists
 
@@ -316,7 +317,12 @@ class _Writer:
         }
 
     def _meta(self, meta: dict[str, Any]) -> None:
-        meta = meta | {"index": self.config.plain(), "store": self.source.store.content_hash}
+        mean = self.source.store.stats(self.source.site).mean.tolist()
+        meta = meta | {
+            "index": self.config.plain(),
+            "store": self.source.store.content_hash,
+            "mean": mean,
+        }
         self._insert("meta", [(key, canonical_json(meta[key])) for key in sorted(meta)])
 
 
@@ -350,6 +356,11 @@ def _window_row(window: Window) -> tuple[Any, ...]:
         canonical_json([[int(documents[at]), at] for at in changes]),
         canonical_json((~window.kept).nonzero().squeeze(1).tolist()),
     )
+
+
+def _word(token: str) -> str:
+    """A token for a gist: without the spaces around, line ends as a mark."""
+    return token.strip(" ").replace("\n", "↵") or "␣"
 
 
 def _short(value: float) -> float:

@@ -18,7 +18,7 @@ from saelab import artifacts
 from saelab.protocols import Dictionary, Store
 from saelab.types import SparseLatents
 
-RUN_FIRINGS = 1 << 22
+RUN_FIRINGS = 1 << 21
 """Firings held in memory at a time, while spilling and per block while reading."""
 
 

@@ -290,9 +290,11 @@ class Features:
         marks = ", ".join("?" * len(latents))
         return dict(self._rows(f"SELECT id, gist FROM latent WHERE id IN ({marks})", *latents))  # noqa: S608
 
-    def densities(self) -> list[float | None]:
-        """Return the held-out density of every latent, by id."""
-        return [row[0] for row in self._rows("SELECT density FROM latent ORDER BY id")]
+    def column(self, name: str) -> list[Any]:
+        """Return one number of every latent, by id; see `LatentStats` for the names."""
+        if name not in _COLUMNS:
+            raise ArtifactError(f"no number is called {name!r}; known: {', '.join(_COLUMNS)}")
+        return [row[0] for row in self._rows(f"SELECT {name} FROM latent ORDER BY id")]  # noqa: S608
 
     def _groups(
         self, latent: int, stats: LatentStats, edges: list[list[Any]]

@@ -1,0 +1,40 @@
+"""Numbers as people read them."""
+
+import math
+
+
+def value(x: float | None) -> str:
+    """Three significant digits, thousands with commas."""
+    if x is None:
+        return "–"
+    if not math.isfinite(x):
+        return str(x)
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    if x == int(x):
+        return f"{x:.0f}"
+    digits = max(0, 2 - math.floor(math.log10(abs(x))))
+    return f"{x:.{min(digits, 6)}f}"
+
+
+def percent(x: float | None) -> str:
+    """A share as percent with two significant digits, never rounded to 0 or 100 %."""
+    if x is None:
+        return "–"
+    if x in (0, 1):
+        return f"{x * 100:.0f} %"
+    shown = 100 * x
+    if shown < 0.001:
+        return "< 0.001 %"
+    digits = max(0, 1 - math.floor(math.log10(min(shown, 100 - shown) if shown > 50 else shown)))
+    return f"{shown:.{min(digits, 4)}f} %"
+
+
+def one_in(x: float | None) -> str:
+    """A density as `1 in 320 tokens`; empty where that says nothing."""
+    return f"1 in {round(1 / x):,} tokens" if x and x < 0.2 else ""
+
+
+def when(iso: str) -> str:
+    """Date and minute of an ISO time."""
+    return iso[:16].replace("T", " ")

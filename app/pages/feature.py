@@ -1,0 +1,196 @@
+"""Feature: what does one latent respond to, and what does it do?"""
+
+import random
+
+import streamlit as st
+
+from saelab.errors import SaelabError
+from saelab.features.read import ExampleGroup, Features, LatentPage, LatentStats
+from saelab_app import state
+from saelab_app.components import charts, numbers, scores, text
+from saelab_app.library import Entry
+
+EXPLAINED = {
+    "dead": "it never fires on this store",
+    "too few to score": "fewer than 50 firings on held-out rows",
+    "dense": "it fires on more than 10 % of the held-out tokens",
+    "position-only": "nearly all of its firings are at one position of the window",
+    "duplicate": "another decoder direction is almost the same",
+}
+
+
+def show() -> None:
+    try:
+        candidates = [entry for entry in state.entries() if entry.features is not None]
+    except SaelabError as error:
+        st.error(str(error))
+        return
+    if not candidates:
+        st.info(
+            "No dictionary here has a feature index yet. `saelab index CONFIG` makes one.",
+            icon=":material/radar:",
+        )
+        return
+    pick, number, step, find = st.columns([2.6, 1.1, 1.5, 2.2], vertical_alignment="bottom")
+    with pick:
+        entry = state.pick_entry(candidates)
+    assert entry.features is not None
+    try:
+        features = state.features(entry.features)
+    except SaelabError as error:
+        st.error(str(error))
+        return
+    latent = _latent(features)
+    with number:
+        _number(latent, features.n_latents)
+    with step:
+        _steps(latent, features.n_latents)
+    with find:
+        words = st.text_input("Search", key="search", placeholder='token or text, e.g. " not"')
+    if words:
+        _results(features, words)
+    _page(entry, features, latent)
+
+
+def _latent(features: Features) -> int:
+    """Return the latent in the URL; at first the one with the strongest single-token claim."""
+    given = state.chosen("latent", "0")
+    latent = int(given) if given.isdigit() else 0
+    latent = min(latent, features.n_latents - 1)
+    state.choose("latent", str(latent))
+    return latent
+
+
+def _go(latent: int) -> None:
+    state.choose("latent", str(latent))
+
+
+def _number(latent: int, n: int) -> None:
+    st.session_state["latent number"] = latent
+    st.number_input(
+        "Latent", 0, n - 1, step=1, key="latent number",
+        on_change=lambda: _go(st.session_state["latent number"]),
+    )  # fmt: skip
+
+
+def _steps(latent: int, n: int) -> None:
+    with st.container(horizontal=True, gap="small"):
+        for icon, target, name in (
+            (":material/chevron_left:", (latent - 1) % n, "previous"),
+            (":material/chevron_right:", (latent + 1) % n, "next"),
+            (":material/casino:", random.randrange(n), "random"),  # noqa: S311 (a dice button)
+        ):
+            st.button("", icon=icon, key=name, help=f"{name} latent", on_click=_go, args=(target,))
+
+
+def _results(features: Features, words: str) -> None:
+    hits = features.search(words, limit=24)
+    with st.container(border=True):
+        if not hits:
+            st.html('<div class="sl-note">No latent fires on it, promotes it or has it near.</div>')
+        for where in ("fires on", "promotes", "context"):
+            mine = [hit for hit in hits if hit.where == where]
+            if not mine:
+                continue
+            st.html(f'<div class="sl-note">{where}</div>')
+            with st.container(horizontal=True, gap="small"):
+                for hit in mine[:12]:
+                    share = f" · {numbers.percent(hit.share)}" if hit.share else ""
+                    st.button(
+                        f"{hit.stats.id}{share}", key=f"hit {where} {hit.stats.id}",
+                        help=_safe(hit.stats.gist), on_click=_go, args=(hit.stats.id,),
+                    )  # fmt: skip
+
+
+def _safe(label: str) -> str:
+    """Escape what Streamlit would read as Markdown in a label or a tooltip."""
+    shown = text.plain(label)
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|~$:^&" else c for c in shown)
+
+
+def _page(entry: Entry, features: Features, latent: int) -> None:
+    page = features.latent(latent)
+    _header(page.stats, features)
+    left, right = st.columns([1, 1.85], gap="large")
+    with left:
+        _about(entry, page)
+    with right:
+        _examples(page, features.meta["index"]["context"])
+
+
+def _header(stats: LatentStats, features: Features) -> None:
+    gist = "".join(text.chip(t) + " " for t in stats.gist.split(" · ")) if stats.gist else ""
+    warnings = "".join(
+        f'<span class="sl-badge warn" title="{EXPLAINED[w]}">{w}</span>' for w in stats.warnings
+    )
+    heldout = features.meta["n_heldout"]
+    st.html(
+        f'<h1 class="sl-h1">Latent {stats.id}<small>{gist}</small></h1>{warnings}'
+        + scores.stats(
+            scores.stat(
+                f"density · {numbers.one_in(stats.density)}".rstrip(" ·"),
+                numbers.percent(stats.density),
+                f"share of {heldout:,} held-out tokens on which it fires",
+            ),
+            scores.stat("strongest", numbers.value(stats.peak), "on any kept row"),
+            scores.stat(
+                "mean when firing", numbers.value(stats.mean), "mean of |z|, held-out rows"
+            ),
+            scores.stat("firings · all rows", f"{stats.fires:,}"),
+            scores.stat("firings · held-out", f"{stats.fires_heldout:,}"),
+            scores.stat("decoder norm", numbers.value(stats.norm)),
+        )
+    )
+
+
+def _about(entry: Entry, page: LatentPage) -> None:
+    if page.stats.fires:
+        st.html('<h2 class="sl-h2">Activations<small>non-zero values</small></h2>')
+        st.plotly_chart(charts.histogram(page.histogram), config=charts.PLAIN, key="histogram")
+        st.html(
+            '<h2 class="sl-h2">Fires on<small>share of its activation, all rows</small></h2>'
+            + text.shares(page.tokens)
+        )
+    if page.logits is not None:
+        st.html(
+            '<h2 class="sl-h2">Effect on the logits<small>direct, per unit of activation</small></h2>'
+            f'<div class="sl-two">{text.bars(page.logits.up)}'
+            f"{text.bars(page.logits.down, negative=True)}</div>"
+        )
+    st.html('<h2 class="sl-h2">Nearest decoder directions<small>cosine</small></h2>')
+    with st.container(gap=None):
+        for other in page.neighbours:
+            st.page_link(
+                "pages/feature.py",
+                label=f"**{other.id}** · {other.cosine:.2f} · {_safe(other.gist)}",
+                query_params={"dictionary": entry.id, "latent": str(other.id)},
+            )
+    if entry.path is not None:
+        st.page_link(
+            "pages/text.py", label="Try your own text on this latent", icon=":material/edit_note:",
+            query_params={"dictionary": entry.id, "latent": str(page.stats.id)},
+        )  # fmt: skip
+
+
+def _examples(page: LatentPage, context: int) -> None:
+    if not page.groups:
+        st.info("This latent never fires on this store: there are no examples.")
+        return
+    for group in page.groups:
+        st.html(
+            f'<h2 class="sl-h2">{_group_name(group, len(page.groups) - 1)}</h2>'
+            + text.group(group, peak=abs(page.stats.peak), context=context)
+        )
+
+
+def _group_name(group: ExampleGroup, quantiles: int) -> str:
+    if group.number == 0:
+        return "Strongest<small>one per window; click a line for the whole window</small>"
+    high, low = 100 - 100 * (group.number - 1) // quantiles, 100 - 100 * group.number // quantiles
+    return (
+        f"{low}–{high} % of its firings<small>between {numbers.value(group.low)} and "
+        f"{numbers.value(group.high)}, drawn at random</small>"
+    )
+
+
+show()
