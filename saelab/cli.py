@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -23,7 +24,9 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(cache_app, name="cache")
 app.add_typer(store_app, name="store")
 
-console = Console()
+_WIDE = None if sys.stdout.isatty() else 140
+"""Tables are not folded at 80 columns when the output goes to a file."""
+console = Console(width=_WIDE)
 
 Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value …")]
@@ -33,13 +36,17 @@ Wait = Annotated[float, typer.Option(help="Seconds to wait for another run's loc
 
 def main() -> None:
     """Run the command line; a user's error is one message on stderr and exit code 2."""
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler = RichHandler(
+        console=Console(stderr=True, width=_WIDE), show_path=False, show_time=False
+    )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("saelab").setLevel(logging.INFO)
     try:
         app()
     except SaelabError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error:[/] {_escape(str(error))}"
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted. Run the same command to go on.")
@@ -70,7 +77,7 @@ def _run(config: Path, overrides: list[str] | None, until: Any, wait: float) -> 
 
 
 def _print_steps(steps: list[Any]) -> None:
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in ("stage", "status", "artifact", "why"):
         table.add_column(column, overflow="fold")
     for step in steps:
@@ -201,7 +208,7 @@ def sites(
     from saelab import api
 
     loaded = api.load_model(model, dtype="float32", device="cpu")
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in ("site", "width", "kind"):
         table.add_column(column, justify="right" if column == "width" else "left")
     for site in loaded.sites():
@@ -226,11 +233,11 @@ def assets_list() -> None:
     from saelab import assets
     from saelab.report import human_bytes
 
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in ("name", "size", "cached", "licence", "what"):
         table.add_column(column, overflow="fold")
     for asset in assets.CATALOGUE.values():
-        cached = "yes" if assets.is_cached(asset.name) else "no"
+        cached = "yes" if assets.cached(asset.name) else "no"
         table.add_row(asset.name, human_bytes(asset.size), cached, asset.licence, asset.description)
     console.print(table)
 
@@ -248,8 +255,8 @@ def assets_verify() -> None:
     """Compare every cached asset with its pinned checksum."""
     from saelab import assets
 
-    for name, state in assets.verify().items():
-        console.print(f"{name}: {state}")
+    for asset, state in assets.verify():
+        console.print(f"{asset.name}: {state}")
 
 
 @cache_app.command("list")

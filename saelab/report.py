@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,16 @@ from saelab import artifacts
 from saelab.artifacts import Manifest
 from saelab.errors import ArtifactError
 
-_LEADING = ("fvu", "l0", "dead_share", "ce_recovered_zero", "ce_recovered_mean", "kl", "delta_ce")
+_TITLES = {
+    "fvu": "FVU ↓",
+    "median_normalised_error": "median error ↓",
+    "l0": "L0",
+    "kl": "KL ↓",
+    "delta_ce": "ΔCE ↓",
+    "ce_recovered_zero": "CE rec. (zero) ↑",
+    "ce_recovered_mean": "CE rec. (mean) ↑",
+}
+_LEADING = tuple(_TITLES)
 
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
@@ -33,33 +43,44 @@ def pretty(value: float, error: float | None = None) -> str:
 
 
 def scorecard(results: Path) -> Group:
-    """Return the table of one results artifact: a row per metric, a column per arm."""
+    """Return one results artifact as two tables: arms by leading metrics, and the dictionary's rest."""
     rows, manifest = read_rows(results), artifacts.read_manifest(results)
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    names = sorted({row["name"] for row in rows}, key=_order)
     cells = {(row["name"], row["arm"]): row for row in rows}
-    head = Text(f"{manifest.name}  ({results.name})", style="bold")
-    tables = []
-    for part in _columns(arms):
-        table = Table(show_edge=False, pad_edge=False, header_style="bold")
-        table.add_column("metric")
-        for arm in part:
-            table.add_column(arm, justify="right")
-        for name in names:
-            found = [cells.get((name, arm)) for arm in part]
-            if any(found):
-                table.add_row(name, *(_cell(row) for row in found))
-        tables.append(table)
-    note = Text("± is one standard error (bootstrap over documents); docs/metrics.md", style="dim")
-    return Group(head, *tables, note)
+    names = {row["name"] for row in rows}
+    leading = [name for name in _LEADING if name in names]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    table = _table("", *(_TITLES[name] for name in leading))
+    for arm in arms:
+        style = "bold" if arm == "dictionary" else ""
+        table.add_row(arm, *(_cell(cells.get((name, arm))) for name in leading), style=style)
+    rest = [
+        row
+        for row in rows
+        if row["arm"] == "dictionary" and row["name"] not in leading and "[" not in row["name"]
+    ]
+    details = _table("of the dictionary", "value", "unit")
+    for row in rest:
+        details.add_row(row["name"], _cell(row), row["unit"])
+    n = next(row["n"] for row in rows if row["name"] == "fvu")
+    spliced = next((row["n"] for row in rows if row["name"] == "kl"), None)
+    words = f"{n:,} held-out rows" + (f", {spliced:,} spliced positions" if spliced else "")
+    note = f"± is one standard error (bootstrap over documents); {words}. See docs/metrics.md."
+    head = Text(f"{manifest.name}  {manifest.facts['site']}", style="bold")
+    return Group(head, Text(), table, Text(), details, Text(), Text(note, style="dim"))
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold"
+    )
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _order(name: str) -> tuple[int, str]:
     return (_LEADING.index(name) if name in _LEADING else len(_LEADING), name)
-
-
-def _columns(arms: list[str], width: int = 4) -> list[list[str]]:
-    return [arms[i : i + width] for i in range(0, len(arms), width)]
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -88,7 +109,7 @@ def listing(out: Path) -> Table:
     found = artifacts.find_all(out)
     if not found:
         raise ArtifactError(f"{out} holds no finished artifact; `saelab run CONFIG` makes some")
-    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in ("stage", "name", "key", "size", "made", "about"):
         table.add_column(column)
     for path, manifest in found:
@@ -147,7 +168,9 @@ def comparison(first: Path, second: Path) -> Group:
     for path, manifest in zip((first, second), manifests, strict=True):
         if manifest.stage != "dictionary":
             raise ArtifactError(f"{path} is a {manifest.stage}; compare takes two dictionaries")
-    made = Table(show_edge=False, pad_edge=False, header_style="bold", title="made with")
+    made = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", title="made with"
+    )
     for column in ("field", first.name, second.name):
         made.add_column(column)
     flat = [_flatten(m.inputs) for m in manifests]
@@ -155,7 +178,9 @@ def comparison(first: Path, second: Path) -> Group:
         left, right = (f.get(key) for f in flat)
         if left != right:
             made.add_row(key, str(left), str(right))
-    scores = Table(show_edge=False, pad_edge=False, header_style="bold", title="scores")
+    scores = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", title="scores"
+    )
     for column in ("metric", first.name, second.name, "difference / its error"):
         scores.add_column(column, justify="left" if column == "metric" else "right")
     rows = [_dictionary_rows(p, m) for p, m in zip((first, second), manifests, strict=True)]
