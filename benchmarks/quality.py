@@ -4,8 +4,8 @@
 
 Every implementation trains d_sae latents, k of them active, for the same number of steps on
 identical batches: the kept training rows of one site, in a fresh permutation per epoch fixed by the
-seed. Schedule and learning rate of an implementation are chosen on order 0; the best pair then runs
-on the other orders. Peers run in their own environment through `peers.py`; ours is the trainer that
+seed. Per implementation the schedule is chosen at the middle learning rate on order 0, then the
+learning rate on order 0; the best pair runs on the other orders. Peers run in their own environment through `peers.py`; ours is the trainer that
 `saelab train` runs, in its defaults, through `quality_saelab.py`.
 
 `--acts FOLDER` takes `train.npy` and `heldout.npy` instead of a store. One JSON line per run goes
@@ -124,11 +124,11 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def compare(impls: Iterable[str], seeds: int, measure: Callable[..., float]) -> dict[str, Line]:
-    """Choose schedule and learning rate on order 0, then run the other orders."""
+    """Choose the schedule at the middle rate, then the rate, on order 0; run the other orders."""
     found = {}
     for impl in impls:
-        pairs = [(schedule, lr) for schedule in SCHEDULES[impl] for lr in LRS]
-        schedule, lr = min(pairs, key=lambda pair: measure(impl, *pair, 0))
+        schedule = min(SCHEDULES[impl], key=lambda name: measure(impl, name, LRS[1], 0))
+        lr = min(LRS, key=lambda rate: measure(impl, schedule, rate, 0))
         values = [measure(impl, schedule, lr, seed) for seed in range(seeds)]
         found[impl] = {"schedule": schedule, "lr": lr, "fvu": np.array(values)}
     return found
