@@ -5,8 +5,9 @@
 Every implementation trains d_sae latents, k of them active, for the same number of steps on
 identical batches: the kept training rows of one site, in a fresh permutation per epoch fixed by the
 seed. Per implementation the schedule is chosen at the middle learning rate on order 0, then the
-learning rate on order 0; the best pair runs on the other orders. Peers run in their own environment through `peers.py`; ours is the trainer that
-`saelab train` runs, in its defaults, through `quality_saelab.py`.
+learning rate on order 0; the best pair runs on the other orders. Peers run in their own environment
+through `peers.py`; ours is the trainer that `saelab train` runs, in its defaults, through
+`quality_saelab.py`.
 
 `--acts FOLDER` takes `train.npy` and `heldout.npy` instead of a store. One JSON line per run goes
 to `--out`, keyed by the rows' sha256; a run that stands there is not repeated. The table at the end
