@@ -87,7 +87,9 @@ def evaluate(
     site: str | None = None,
 ) -> list[ResultRow]:
     """Score a dictionary with the core evaluator; without a model the downstream rows are left out."""
-    return list(CoreEvaluator(config, choose_site(activations, site))(dictionary, activations, model))
+    return list(
+        CoreEvaluator(config, choose_site(activations, site))(dictionary, activations, model)
+    )
 
 
 def index(

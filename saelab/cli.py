@@ -24,7 +24,7 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(cache_app, name="cache")
 app.add_typer(store_app, name="store")
 
-_WIDE = None if sys.stdout.isatty() else 140
+_WIDE = None if sys.stdout.isatty() else 160
 """Tables are not folded at 80 columns when the output goes to a file."""
 console = Console(width=_WIDE)
 

@@ -495,7 +495,7 @@ class Run:
             check_space(self.stores, needed)
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, what: str = "the store") -> None:
     """Raise ResourceError if the disk that holds `folder` lacks `needed` bytes and a tenth more."""
     import shutil
 
@@ -503,8 +503,9 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < 1.1 * needed:
         raise ResourceError(
-            f"the store needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free. "
-            "Ask for fewer tokens or sites, or a narrower dtype, or set SAELAB_CACHE to a larger disk."
+            f"{what} needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free. "
+            "Ask for fewer tokens or sites, or a narrower dtype, or set SAELAB_CACHE to a "
+            "larger disk."
         )
 
 

@@ -49,7 +49,8 @@ class Bar:
         if self._first is None:
             self._first, self._started = done, now
         rate = (done - self._first) / max(now - self._started, 1e-9)
-        text = text or f"{done:,} {self.unit}, {rate:,.0f}/s"
+        speed = f", {rate:,.0f}/s" if rate else ""
+        text = text or f"{done:,} {self.unit}{speed}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
         elif now - self._last > _SECONDS_BETWEEN_LINES:

@@ -1,0 +1,283 @@
+"""What a run will take, from a short probe of the real parts; and what this machine has."""
+
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from saelab import api, assets, dictionaries
+from saelab.errors import ResourceError
+from saelab.ops.pursuit import pursue
+from saelab.pipeline import Member, Run, RunConfig, check_space
+from saelab.protocols import Dictionary, LanguageModel, SiteStats
+from saelab.report import human_bytes
+from saelab.train.fit import Member as TrainMember
+from saelab.train.fit import TrainConfig, fit
+from saelab.types import Batch
+
+_PROBE_STEPS = 4
+_SPLICED_ARMS = 7
+"""Forward passes of the core evaluator per window: clean, dictionary, re-encoded, two ablations,
+two random errors."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage takes."""
+
+    stage: str
+    what: str
+    seconds: float
+    disk: float
+    memory: float
+
+
+def plan(config: RunConfig) -> Group:
+    """Return a table of what each stage takes. Raises ResourceError if a stage cannot fit.
+
+    Stages whose artifact exists already cost nothing. Probes run the real model and the real
+    trainer for a few steps each.
+    """
+    steps = {
+        (step.stage, step.name): step.status for step in Run(config, dry=True).execute("index")
+    }
+    run = Run(config, dry=True)
+    costs = []
+    if ("store", "missing") in [(stage, status) for (stage, _), status in steps.items()]:
+        costs.append(_store_cost(run))
+    widths = _widths(run)
+    for member in run.members:
+        name = f"{config.name}-{member.name}"
+        site = member.site or next(iter(widths))
+        dictionary = _create(member, widths[site])
+        if steps.get(("dictionary", name)) != "found":
+            costs.append(_train_cost(run, name, member, dictionary))
+        if config.evaluate is not None and steps.get(("results", name)) != "found":
+            costs.append(_evaluate_cost(run, name, dictionary))
+        if config.index is not None and steps.get(("features", name)) != "found":
+            costs.append(_index_cost(run, name, dictionary))
+    _refuse(run, costs)
+    return _table(costs)
+
+
+def _store_cost(run: Run) -> Cost:
+    config = run.config
+    if config.synthetic is not None:
+        size = config.synthetic.n_rows * (4 * config.synthetic.d + 40)
+        return Cost(
+            "store", f"{config.synthetic.n_rows:,} planted rows", size / 2e7, size, size / 4
+        )
+    assert config.corpus and config.harvest
+    tokens, context = config.corpus.tokens, config.corpus.context
+    windows = max(1, config.harvest.batch_tokens // context)
+    probe = _tokens(run.model, windows, context)
+    seconds = _seconds(lambda: run.model.capture(probe, list(config.harvest.sites)))
+    rate = probe.numel() / seconds
+    disk = api.store_bytes(run.model, config.corpus, config.harvest)
+    shard = 2 * disk / tokens * config.harvest.rows_per_shard
+    what = f"{tokens:,} tokens at {rate:,.0f}/s"
+    return Cost("store", what, tokens / rate + 5, disk, shard + _model_bytes(run.model))
+
+
+def _widths(run: Run) -> dict[str, int]:
+    config = run.config
+    if config.store is not None:
+        opened = api.open_store(config.store)
+        return {site: opened.width(site) for site in opened.sites}
+    if config.synthetic is not None:
+        return {"synthetic": config.synthetic.d}
+    assert config.harvest
+    return {site: run.model.site(site).width for site in config.harvest.sites}
+
+
+def _create(member: Member, width: int) -> Any:
+    return dictionaries.create({**member.fields, "d_in": width})
+
+
+def _train_cost(run: Run, name: str, member: Member, dictionary: Any) -> Cost:
+    train = run.config.train
+    assert train is not None
+    rows = _RandomRows(dictionary.d_in)
+    short = train.model_copy(update={"tokens": _PROBE_STEPS * train.batch, "wandb": None})
+    trained = TrainMember("probe", dictionary.to(run.device), rows.sites[0], lr=member.lr)
+    done = fit([trained], rows, TrainConfig.parse(short.plain()))[0]
+    per_step = done.provenance["train_seconds"] / _PROBE_STEPS
+    weights = 4 * sum(p.numel() for p in dictionary.parameters())
+    memory = 5 * weights + 3 * 4 * train.batch * dictionary.d_sae
+    what = f"{train.steps:,} steps of {train.batch:,} at {1000 * per_step:,.0f} ms"
+    return Cost(f"train {name}", what, per_step * train.steps + 5, 5 * weights, memory)
+
+
+def _evaluate_cost(run: Run, name: str, dictionary: Dictionary) -> Cost:
+    assert run.config.evaluate
+    core = run.config.evaluate.core
+    x = torch.randn(256, dictionary.d_in)
+    atoms = torch.nn.functional.normalize(dictionary.W_dec.detach().float(), dim=1)
+    k = core.k or dictionary.l0_bound or 32
+    pursuit = _seconds(lambda: pursue(x, atoms, k)) / len(x)
+    seconds = 2 * pursuit * core.pursuit_rows + _encode_seconds(dictionary) * core.rows + 5
+    what = f"{core.rows:,} rows"
+    if run.config.corpus is not None and core.windows:
+        context = run.config.corpus.context
+        tokens = _tokens(run.model, core.window_batch, context)
+        forward = _seconds(lambda: run.model.logits(tokens)) / core.window_batch
+        seconds += forward * core.windows * _SPLICED_ARMS
+        what += f", {core.windows} windows × {_SPLICED_ARMS} forward passes"
+    memory = 4 * (core.batch * dictionary.d_sae * 3 + dictionary.d_sae**2)
+    return Cost(f"evaluate {name}", what, seconds, 1e5, memory)
+
+
+def _index_cost(run: Run, name: str, dictionary: Dictionary) -> Cost:
+    config = run.config
+    rows = config.corpus.tokens if config.corpus else 0
+    if config.store is not None:
+        rows = api.open_store(config.store).n_rows
+    if config.synthetic is not None:
+        rows = config.synthetic.n_rows
+    firings = rows * (dictionary.l0_bound or 64)
+    seconds = 1.3 * rows * _encode_seconds(dictionary) + firings * 1.5e-6 + 5
+    disk = 12 * firings + 20_000 * dictionary.d_sae
+    return Cost(f"index {name}", f"{rows:,} rows", seconds, disk, 5e8)
+
+
+def _encode_seconds(dictionary: Dictionary) -> float:
+    x = torch.randn(1024, dictionary.d_in, device=dictionary.W_dec.device)
+    with torch.no_grad():
+        return _seconds(lambda: dictionary.encode_sparse(x)) / len(x)
+
+
+def _tokens(model: LanguageModel, windows: int, context: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.d_vocab, (windows, context), generator=generator)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Return the shortest of two calls' times, after one to warm up."""
+    call()
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _model_bytes(model: LanguageModel) -> float:
+    parameters = getattr(model, "n_parameters", 12 * model.n_layers * model.d_model**2)
+    return parameters * (2 if model.dtype in (torch.bfloat16, torch.float16) else 4)
+
+
+def _refuse(run: Run, costs: list[Cost]) -> None:
+    """Raise ResourceError for what cannot fit the disk or the memory."""
+    for cost in costs:
+        place = run.stores if cost.stage == "store" else run.config.out
+        check_space(place, int(cost.disk), cost.stage)
+        total = psutil.virtual_memory().total
+        if run.device.type == "cpu" and cost.memory > 0.9 * total:
+            raise ResourceError(
+                f"{cost.stage} needs {human_bytes(cost.memory)} of memory, but this machine has "
+                f"{human_bytes(total)}; lower d_sae or train.batch"
+            )
+
+
+def _table(costs: list[Cost]) -> Group:
+    if not costs:
+        return Group(Text("Everything is made already."))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in ("stage", "what", "time", "disk", "memory"):
+        table.add_column(column, justify="left" if column in ("stage", "what") else "right")
+    for cost in costs:
+        table.add_row(
+            cost.stage, cost.what, _duration(cost.seconds),
+            human_bytes(cost.disk), human_bytes(cost.memory),
+        )  # fmt: skip
+    total = sum(cost.seconds for cost in costs)
+    disk = sum(cost.disk for cost in costs)
+    table.add_row("all", "", _duration(total), human_bytes(disk), "", style="bold")
+    return Group(table, Text("Times are from a short probe just now.", style="dim"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class _RandomRows:
+    """Enough of a store for the trainer to be timed on: Gaussian rows."""
+
+    sites = ("probe",)
+
+    def __init__(self, d: int) -> None:
+        self.d = d
+        self._generator = torch.Generator().manual_seed(0)
+
+    def width(self, _site: str) -> int:
+        return self.d
+
+    def n_kept(self, _site: str, _split: str) -> int:
+        return 2048
+
+    def stats(self, _site: str) -> SiteStats:
+        return SiteStats(2048, torch.zeros(self.d).double(), self.d**0.5, self.d, self.d**0.5)
+
+    def batches(self, _site: str, *, batch: int, **_: Any) -> Iterator[Batch]:
+        rows = torch.arange(batch)
+        while True:
+            x = torch.randn(batch, self.d, generator=self._generator)
+            yield Batch(x, x, rows, rows)
+
+
+# ------------------------------------------------------------------------------------- this machine
+
+
+def doctor() -> Group:
+    """Return what this machine has: versions, extras, device, disk, cached assets."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    memory = psutil.virtual_memory()
+    cache = assets.cache_dir()
+    existing = next(p for p in [cache, *cache.parents] if p.exists())
+    table.add_row("saelab", importlib.metadata.version("saelab"))
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("device", _device())
+    table.add_row("memory", f"{human_bytes(memory.available)} free of {human_bytes(memory.total)}")
+    table.add_row("cache", f"{cache} ({human_bytes(shutil.disk_usage(existing).free)} free)")
+    for extra, packages in _EXTRAS.items():
+        table.add_row(f"extra {extra}", ", ".join(map(_version, packages)))
+    cached = [name for name in assets.CATALOGUE if assets.cached(name)]
+    table.add_row("assets", ", ".join(cached) or "none fetched yet")
+    return Group(table)
+
+
+_EXTRAS = {
+    "lm": ("transformer-lens", "transformers", "datasets", "gguf"),
+    "app": ("streamlit", "plotly", "pandas"),
+    "wandb": ("wandb",),
+    "fast": ("numba",),
+}
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{package} missing"
