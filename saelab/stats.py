@@ -87,9 +87,10 @@ def bootstrap_median(
         total = torch.bincount(document, minlength=len(known)).double()
         found, inside = [], True
         for weights in _draws(len(known), resamples, seed, high - low):
-            reached = (weights @ below)[:, None] + weights[:, document[low:high]].cumsum(1)
+            before = (weights @ below)[:, None]
+            reached = before + weights[:, document[low:high]].cumsum(1)
             half = torch.ceil((weights @ total) / 2)[:, None]
-            inside &= bool(((reached[:, -1:] >= half) & (reached[:, :1] <= half)).all())
+            inside &= bool(((before < half) & (reached[:, -1:] >= half)).all())
             place = (reached < half).sum(1).clamp(max=high - low - 1)
             found.append(ordered[low + place])
         if inside or reach > 0.5:

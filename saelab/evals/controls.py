@@ -5,7 +5,7 @@ token id, and training activations drawn at random as atoms. All are fitted on t
 """
 
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ TOKEN_ROWS = 1_000_000
 _CHUNK_ROWS = 1 << 15
 
 
+@runtime_checkable
 class Arm(Protocol):
     """A way to reconstruct activations: a dictionary, or a control."""
 

@@ -212,11 +212,11 @@ class CoreEvaluator:
         for score in scores:
             main = score.arm.name == "dictionary"
             yield from self._fit_rows(score, None if main else ("fvu", "l0", "description_length"))
-        yield _plain(projection, "l0", projection.k, "components", scores[0].n)
+        yield _plain(projection, "l0", float(projection.k), "components", scores[0].n)
         yield from _usage_rows(scores[0])
         error = scores[0].reconstruction.compute()["mse"] * scores[0].n * len(pca.mean)
         rank = projection.rank_at(error)
-        yield _plain(scores[0].arm, "pca_rank_of_equal_fvu", rank, "components", scores[0].n)
+        yield _plain(scores[0].arm, "pca_rank_of_equal_fvu", float(rank), "components", scores[0].n)
 
     def _fit_rows(self, score: _Scores, only: tuple[str, ...] | None) -> Iterator[ResultRow]:
         parts: list[Accumulator] = [score.reconstruction]
@@ -311,7 +311,7 @@ def _usage_rows(score: _Scores) -> Iterator[ResultRow]:
 
 def _plain(arm: Arm, name: str, value: float, unit: str, n: int) -> ResultRow:
     """Return a row without an error bar."""
-    return ResultRow(name, float(value), unit, n, None, 1, arm.name, arm.encoder)
+    return ResultRow(name, value, unit, n, None, 1, arm.name, arm.encoder)
 
 
 def _reconstruct(arm: Arm) -> Reconstruct:

@@ -1,6 +1,5 @@
 """Rows, windows and token ids of a store, chosen the same way every time."""
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
@@ -42,7 +41,7 @@ def head(batch: Batch, n: int) -> Batch:
 def sample_windows(store: Store, site: str, n: int) -> list[Window]:
     """Return `n` held-out windows, evenly spaced over the first 32 n; all of them if fewer."""
     found = list(islice(store.windows(site, split="heldout"), _SPREAD * n))
-    return found[:: max(1, math.ceil(len(found) / n))] if n else []
+    return [found[i * len(found) // n] for i in range(n)] if len(found) > n else found
 
 
 def units(windows: Sequence[Window]) -> dict[int, int]:
