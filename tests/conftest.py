@@ -22,12 +22,10 @@ def toy_model() -> ToyModel:
     return ToyModel()
 
 
-# ------------------------------------------------------------------------ a store from the toy model
+# ----------------------------------------------------------------------- a store from the toy model
 
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-WORDS = (
-    "the people of this great state say that time and work can make life good for us all".split()
-)
+SENTENCE = "the people of this great state say that time and work can make life good for us all"
 
 
 def write_corpus(path, n_documents: int = 40, seed: int = 0):
@@ -35,7 +33,7 @@ def write_corpus(path, n_documents: int = 40, seed: int = 0):
     chance = random.Random(seed)
     lines = ["label,text"]
     for number in range(n_documents):
-        words = chance.choices(WORDS, k=chance.randint(20, 90))
+        words = chance.choices(SENTENCE.split(), k=chance.randint(20, 90))
         lines.append(f'{"ab"[number % 2]},"d{number}: {" ".join(words)}."')
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -48,7 +46,7 @@ def toy_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_store(tmp_path_factory, toy_model, toy_corpus):
-    """A finished store of 2,000 rows at two sites of the toy, in four shards, a quarter held out."""
+    """A store of 2,000 rows at two sites of the toy, in four shards, a quarter held out."""
     from saelab.harvest.corpus import CorpusConfig
     from saelab.harvest.harvest import HarvestConfig, harvest
     from saelab.store import StoreWriter, open_store

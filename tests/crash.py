@@ -25,7 +25,7 @@ class Calls:
 
 @contextmanager
 def crash_at(number: int | None) -> Iterator[Calls]:
-    """Raise Crash at call `number` (from 0) and at every later one, in any thread; None: only count."""
+    """Raise Crash at call `number` (from 0) and all later ones, in any thread; None: only count."""
     calls = Calls()
 
     def syscall(kind: str, path: Path) -> None:
@@ -39,7 +39,7 @@ def crash_at(number: int | None) -> Iterator[Calls]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every hashed file of a finished artifact, and its manifest."""
+    """Return every hashed file of a finished artifact, and its manifest."""
     manifest = artifacts.read_manifest(folder)
     names = [*manifest.files, artifacts.MANIFEST]
     return {name: (folder / name).read_bytes() for name in names}
@@ -48,7 +48,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def assert_survives_every_crash(stage: Stage, base: Path, *, stride: int = 1) -> None:
     """Crash the stage at each call in turn; running it again must give the uninterrupted bytes.
 
-    `stride` takes every n-th call only. What a crash leaves must never pass for a finished artifact.
+    `stride` takes every n-th call only. What a crash leaves never passes for a finished artifact.
     """
     with crash_at(None) as calls:
         whole = content(stage(base / "whole"))

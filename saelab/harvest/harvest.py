@@ -7,7 +7,7 @@ same bytes.
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -23,6 +23,7 @@ Progress = Callable[[int, int, float], None]
 """Called with tokens done, tokens in all, and tokens per second since the start."""
 
 
+@runtime_checkable
 class ShardWriter(Protocol):
     """What harvest needs of a store's writer."""
 

@@ -98,8 +98,8 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 def to_float32(stored: np.ndarray, dtype: torch.dtype) -> Float[Tensor, "n d"]:
     """Return rows as they are mapped, of a store's dtype, as float32.
 
-    Torch converts in pieces too small for its thread pool: one thread is fast enough here, and waiting
-    for a second one makes it ten times slower on a busy machine.
+    Torch converts in pieces too small for its thread pool: one thread is fast enough here, and
+    waiting for a second one makes it ten times slower on a busy machine.
     """
     values = torch.from_numpy(stored).view(dtype)
     if dtype == torch.float32:

@@ -87,11 +87,11 @@ class DiskStore:
     ) -> Iterator[Batch]:
         """Yield shuffled batches of kept rows, epoch after epoch, without end.
 
-        Blocks of 16 rows are permuted over the whole store into a buffer of `buffer_bytes`, whose
-        rows are permuted again; each epoch has an order of its own. By default batches run on over
-        the end of an epoch; with `drop_last=False` an epoch ends with its short batch. With a
-        `target` site, rows are those that both masks keep. Skipping `start` batches reads none of
-        their rows. Raises CorpusError if fewer than `batch` rows are kept.
+        Blocks of up to 16 rows are permuted over the whole store into a buffer of `buffer_bytes`,
+        whose rows are permuted again; each epoch has an order of its own. By default batches run
+        on over the end of an epoch; with `drop_last=False` an epoch ends with its short batch.
+        With a `target` site, rows are those that both masks keep. Skipping `start` batches reads
+        none of their rows. Raises CorpusError if fewer than `batch` rows are kept.
         """
         sites = self._sites(site, target)
         order = Order(sites, split, batch, seed, drop_last)

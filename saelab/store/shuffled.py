@@ -15,8 +15,10 @@ from saelab.store import format as fmt
 from saelab.store.maps import ShardMaps
 from saelab.types import Batch
 
-BLOCK = 16
-"""Rows that are read together: large enough for a disk, small enough to mix documents."""
+_BLOCK_BYTES = 2**14
+"""Bytes that are read together, at least one row: large enough for a disk's full speed …"""
+_BLOCK_ROWS = 16
+"""… and at most this many rows: few enough to mix documents."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class Shuffler:
         self._order = order
         self._dtype = dtype
         self._widths = widths
+        per_row = sum(widths) * dtype.itemsize
+        self._block = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // per_row))
         self._counts = self._count()
         self.total = int(self._counts.sum())
-        per_row = sum(widths) * dtype.itemsize
         self._capacity = max(n_bytes // per_row, 8 * order.batch)
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -95,7 +98,7 @@ class Shuffler:
 
     @cached_property
     def _space(self) -> list[np.ndarray]:
-        n = min(self._capacity + BLOCK, self.total)
+        n = min(self._capacity + self._block, self.total)
         sites = zip(self._order.sites, self._widths, strict=True)
         return [np.empty((n, width), dtype=self._maps.dtype(site)) for site, width in sites]
 
@@ -111,17 +114,19 @@ class Shuffler:
         parts = []
         for first, last in self._maps.bounds():
             chosen = self._maps.chosen(np.arange(first, last), self._order.sites, self._order.split)
-            parts.append(np.add.reduceat(chosen, np.arange(0, last - first, BLOCK), dtype=np.int64))
+            parts.append(
+                np.add.reduceat(chosen, np.arange(0, last - first, self._block), dtype=np.int64)
+            )
         return np.concatenate(parts)
 
     @cached_property
     def _block_first(self) -> Int[np.ndarray, " n_blocks_plus_1"]:
         """First row of each block, and one past the last row."""
-        starts = [np.arange(first, last, BLOCK) for first, last in self._maps.bounds()]
+        starts = [np.arange(first, last, self._block) for first, last in self._maps.bounds()]
         return np.concatenate([*starts, self._maps.shard_first[-1:]])
 
     def _rows(self, blocks: Int[np.ndarray, " m"]) -> Int[np.ndarray, " n"]:
-        rows = self._block_first[blocks][:, None] + np.arange(BLOCK)
+        rows = self._block_first[blocks][:, None] + np.arange(self._block)
         return rows[rows < self._block_first[blocks + 1][:, None]]
 
 

@@ -7,7 +7,7 @@ d) and `bias` (d).
 """
 
 import hashlib
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -48,7 +48,7 @@ class SyntheticConfig(Config):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _possible(self) -> "SyntheticConfig":
         if self.l0 > self.n_features:
             raise ValueError(f"l0 ({self.l0}) must not exceed n_features ({self.n_features})")
         if self.window > self.rows_per_shard:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ class StoreWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._pending: Future[None] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StoreWriter":
         """Return the writer."""
         return self
 
