@@ -1,14 +1,14 @@
 """Real language models: TransformerLens names the sites, transformers' own modules do the work.
 
 TransformerLens' bridge knows, for each architecture, which module lies behind
-`blocks.3.hook_mlp_out`. It is built once over an empty skeleton of the model (no weights) to read
-these names; the forward pass is then the unchanged one of transformers, with hooks on its modules.
-So activations equal transformers' own to the bit, fast attention stays in use, and a pass costs
-what it costs without hooks.
+`blocks.3.hook_mlp_out`. It is built once, to read these names; the forward pass is then the
+unchanged one of transformers, with hooks on its modules. So activations equal transformers' own to
+the bit, fast attention stays in use, and a pass costs what it costs without hooks.
 
 This is the only module that imports transformer_lens.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -51,7 +51,7 @@ class LensModel(HookedModel):
         self.device, self.dtype = device, DTYPES[identity.dtype]
         self._network, tokenizer = _load(identity, device)
         self._take_tokenizer(tokenizer)
-        names = _names(identity, self._network.config, tokenizer)
+        names = _names(self, self._network, tokenizer)
         self._norm = self._network.get_submodule(names.norm)
         self._unembed = self._network.get_submodule(names.unembed)
         self._norm_offset = names.norm_offset
@@ -166,20 +166,26 @@ class _Names:
     """1 where the final norm scales by 1 + weight (Gemma), else 0."""
 
 
-def _names(identity: ModelIdentity, config: Any, tokenizer: Any) -> _Names:
-    """Ask the bridge of an empty skeleton where each site and the read-out lie."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM
+def _names(model: "LensModel", network: nn.Module, tokenizer: Any) -> _Names:
+    """Ask a bridge where each site and the read-out lie.
 
-    with torch.device("meta"), quiet_transformers():
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # the bridge puts itself in the modules' places: note the paths before
-    paths = {id(module): path for path, module in skeleton.named_modules()}
+    It is built over a copy of the modules that shares every weight, and thrown away afterwards.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tensors = (*network.parameters(), *network.buffers())
+    copied = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    # the bridge puts itself in the modules' places: note their paths before
+    paths = {id(module): path for path, module in copied.named_modules()}
     bridge: Any = TransformerBridge.boot_transformers(
-        str(identity.folder), hf_model=skeleton, tokenizer=tokenizer, device="meta"
+        str(model.name),
+        hf_model=copied,
+        tokenizer=tokenizer,
+        device=str(model.device),
+        dtype=model.dtype,
     )
     wanted = ["hook_embed"]
-    wanted += [f"blocks.{layer}.{site}" for layer in range(identity.n_layers) for site in _SITES]
+    wanted += [f"blocks.{layer}.{site}" for layer in range(model.n_layers) for site in _SITES]
     sites: dict[str, tuple[str, str]] = {}
     for name in wanted:
         hook = bridge.hook_dict.get(name)
