@@ -122,6 +122,19 @@ def error_over_documents(
     return standard_error(bootstrap(sums, statistic, resamples=resamples, seed=seed))
 
 
+def median_error(
+    values: Float[Tensor, " n"],
+    documents: Int[Tensor, " n"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> float | None:
+    """Return the bootstrap standard error of a median; None with fewer than two documents."""
+    if len(torch.unique(documents)) < 2:
+        return None
+    return standard_error(bootstrap_median(values, documents, resamples=resamples, seed=seed))
+
+
 @dataclass(frozen=True)
 class Difference:
     """A paired difference of two methods on the same documents."""

@@ -92,26 +92,35 @@ class PcaArm:
 
     def __init__(self, pca: Pca, k: int) -> None:
         """Keep `k` components."""
-        self.name = f"pca(k={k})"
-        self.pca = pca
         self.k = min(k, len(pca.mean))
-        self._energy = torch.zeros(len(pca.mean), dtype=torch.float64)
-        self._total = 0.0
+        self.name = f"pca(k={self.k})"
+        self._mean = pca.mean.float()
+        self._basis = pca.basis[:, : self.k].float()
 
     def __call__(self, batch: Batch) -> tuple[Float[Tensor, "n d"], SparseLatents | None]:
         """Return the projection; it has no latents."""
-        centred = batch.y.float() - self.pca.mean.float()
-        basis = self.pca.basis[:, : self.k].float()
-        return centred @ basis @ basis.T + self.pca.mean.float(), None
+        centred = batch.y.float() - self._mean
+        return centred @ self._basis @ self._basis.T + self._mean, None
 
-    def observe_(self, batch: Batch) -> None:
-        """Take in rows for `rank_at`."""
-        centred = batch.y.float() - self.pca.mean.float()
-        self._energy += (centred @ self.pca.basis.float()).double().square().sum(0)
+
+@final
+class PcaErrors:
+    """Squared error of every number of components at once, over the rows it has seen."""
+
+    def __init__(self, pca: Pca) -> None:
+        """Start with no rows."""
+        self._mean, self._basis = pca.mean.float(), pca.basis.float()
+        self._energy = torch.zeros(len(pca.mean), dtype=torch.float64)
+        self._total = 0.0
+
+    def update(self, x: Float[Tensor, "n d"]) -> None:
+        """Take in rows."""
+        centred = x.float() - self._mean
+        self._energy += (centred @ self._basis).double().square().sum(0)
         self._total += float(centred.double().square().sum())
 
     def rank_at(self, squared_error: float) -> int:
-        """Return the fewest components whose squared error on the observed rows is at most this."""
+        """Return the fewest components that leave at most this summed squared error."""
         left = self._total - torch.cat([self._energy.new_zeros(1), self._energy.cumsum(0)])
         reached = (left <= squared_error).nonzero()
         return int(reached[0]) if len(reached) else len(self._energy)
@@ -127,22 +136,32 @@ class TokenMeanArm:
     name = "token_mean"
     encoder = "token id"
 
-    def __init__(self, store: Store, site: str, refs: Int[Tensor, " n"]) -> None:
-        """Fit the means of the ids that the rows `refs` have; only these rows can be predicted.
-
-        `known` is False for a store whose rows are no tokens.
-        """
-        self._refs = refs.sort().values
-        ids, self._place = torch.unique(token_ids(store, site, self._refs), return_inverse=True)
-        self.known = bool((ids >= 0).all())
-        self._means = _token_means(store, site, ids) if self.known else None
+    def __init__(
+        self,
+        refs: Int[Tensor, " n"],
+        place: Int[Tensor, " n"],
+        means: Float[Tensor, "m d"],
+    ) -> None:
+        """Predict row `refs[i]` (ascending) by `means[place[i]]`; see `fit_token_means`."""
+        self._refs, self._place, self._means = refs, place, means
 
     def __call__(self, batch: Batch) -> tuple[Float[Tensor, "n d"], SparseLatents | None]:
-        """Return the means of the rows' ids."""
-        assert self._means is not None
-        place = torch.searchsorted(self._refs, batch.rows.cpu())
-        assert torch.equal(self._refs[place], batch.rows.cpu())
-        return self._means[self._place[place]], None
+        """Return the means of the rows' ids; only rows that it was fitted for can be predicted."""
+        at = torch.searchsorted(self._refs, batch.rows.cpu())
+        assert torch.equal(self._refs[at], batch.rows.cpu())
+        return self._means[self._place[at]], None
+
+
+def fit_token_means(store: Store, site: str, refs: Int[Tensor, " n"]) -> TokenMeanArm | None:
+    """Return the predictor of the rows `refs`; None where the store's rows are no tokens.
+
+    Means are taken over the first `TOKEN_ROWS` training rows, of the ids that occur in `refs`.
+    """
+    refs = refs.sort().values
+    ids, place = torch.unique(token_ids(store, site, refs), return_inverse=True)
+    if bool((ids < 0).any()):
+        return None
+    return TokenMeanArm(refs, place, _token_means(store, site, ids))
 
 
 def _token_means(store: Store, site: str, ids: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:

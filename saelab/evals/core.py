@@ -4,14 +4,12 @@ Definitions, ends and error bars of every row: docs/metrics.md.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Int
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor
 
 from saelab.config import Config
 from saelab.errors import ArtifactError, ConfigError, CorpusError
@@ -20,9 +18,10 @@ from saelab.evals.controls import (
     DictionaryArm,
     Pca,
     PcaArm,
+    PcaErrors,
     RandomAtomsArm,
-    TokenMeanArm,
     fit_pca,
+    fit_token_means,
 )
 from saelab.evals.downstream import RandomError, Reconstruct, ablate_to, measure_splices
 from saelab.evals.encoders import OwnEncoder, PursuitEncoder
@@ -32,7 +31,7 @@ from saelab.metrics.sparsity import Sparsity, density_histogram
 from saelab.metrics.sums import Accumulator, Definition
 from saelab.ops.pursuit import Refit, Sign
 from saelab.protocols import Dictionary, LanguageModel, Store
-from saelab.stats import ResultRow, bootstrap_median, error_over_documents, standard_error
+from saelab.stats import ResultRow, error_over_documents, median_error
 from saelab.types import Batch
 
 log = logging.getLogger(__name__)
@@ -70,9 +69,21 @@ class CoreConfig(Config):
     """Of rows, random atoms, random errors and the bootstrap."""
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """What is scored, and where."""
+
+    dictionary: Dictionary
+    store: Store
+    site: str
+    k: int
+    """Steps and components of the controls."""
+    pca: Pca
+
+
 @dataclass
 class _Scores:
-    """What is summed up for one arm."""
+    """What is summed up for one arm, over at most `limit` rows."""
 
     arm: Arm
     limit: int
@@ -108,37 +119,23 @@ class CoreEvaluator:
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None
-    ) -> Iterable[ResultRow]:
-        """Yield the dictionary's rows, then the controls', then the downstream ones.
+    ) -> Iterator[ResultRow]:
+        """Yield the rows of the dictionary and its controls, then the downstream ones.
 
-        Raises ShapeError or ArtifactError if dictionary, store and model do not belong together,
-        and CorpusError if fewer than two held-out rows are kept.
+        Raises ArtifactError if dictionary, store and model do not belong together, ConfigError if
+        the site is ambiguous, and CorpusError if fewer than two held-out rows are kept.
         """
-        site = self._check(dictionary, store, model)
-        config = self.config
-        k = self._steps(dictionary, store, site)
-        pca = fit_pca(store, site, rows=config.fit_rows, batch=config.batch, seed=config.seed)
-        own = DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary))
-        projection = PcaArm(pca, k)
-        arms: list[Arm] = [own, projection]
-        costly: list[Arm] = []
-        if config.pursuit_rows:
-            costly = self._pursuits(dictionary, store, site, k)
-        tokens = TokenMeanArm(store, site, self._refs(store, site))
-        if tokens.known:
-            arms.insert(1, tokens)
-        else:
-            log.info("the rows of this store are no tokens: the token-mean control is left out")
-        yield from self._reconstruction(store, site, pca, arms, costly, projection)
-        if model is None or not config.windows:
+        scene = self._scene(dictionary, store, model)
+        arms = self._arms(scene)
+        yield from self._reconstruction(scene, arms)
+        if model is None or not self.config.windows:
             log.info("no live model: downstream metrics are left out")
             return
-        chosen = self._spliced([own, projection, *costly])
-        yield from self._downstream(store, site, model, pca, chosen)
+        yield from self._downstream(scene, model, arms)
 
     # ----------------------------------------------------------------------------------- set-up
 
-    def _check(self, dictionary: Dictionary, store: Store, model: LanguageModel | None) -> str:
+    def _scene(self, dictionary: Dictionary, store: Store, model: LanguageModel | None) -> _Scene:
         if self.site is None and len(store.sites) > 1:
             raise ConfigError(
                 f"the store has the sites {', '.join(store.sites)}: say which one to evaluate."
@@ -161,13 +158,16 @@ class CoreEvaluator:
                 f"{store.model_fingerprint}, but {model.name} with {model.fingerprint} was given: "
                 "splice into the model (and dtype) that the activations came from."
             )
-        return site
+        config = self.config
+        pca = fit_pca(store, site, rows=config.fit_rows, batch=config.batch, seed=config.seed)
+        return _Scene(dictionary, store, site, self._steps(dictionary, store, site), pca)
 
     def _steps(self, dictionary: Dictionary, store: Store, site: str) -> int:
         """Return the controls' k: as configured, the dictionary's bound, or its measured L0."""
-        if self.config.k or dictionary.l0_bound:
-            return self.config.k or dictionary.l0_bound or 1
-        batch = next(iter(self._rows(store, site)))
+        given = self.config.k or dictionary.l0_bound
+        if given:
+            return given
+        batch = next(self._rows(store, site))
         return max(1, round(float(OwnEncoder(dictionary)(batch).l0().double().mean())))
 
     def _rows(self, store: Store, site: str) -> Iterator[Batch]:
@@ -176,100 +176,74 @@ class CoreEvaluator:
             store, site, "heldout", config.rows, batch=config.batch, seed=config.seed
         )
 
-    def _refs(self, store: Store, site: str) -> Int[Tensor, " n"]:
-        return torch.cat([batch.rows for batch in self._rows(store, site)])
-
-    def _pursuits(self, dictionary: Dictionary, store: Store, site: str, k: int) -> list[Arm]:
-        config = self.config
-        encoder = PursuitEncoder(dictionary, k, sign=config.sign, refit=config.refit)
-        n_atoms = dictionary.d_sae
-        return [
-            DictionaryArm("re-encoded", dictionary, encoder),
-            RandomAtomsArm(store, site, n_atoms=n_atoms, k=k, seed=config.seed),
+    def _arms(self, scene: _Scene) -> list[_Scores]:
+        """Return the dictionary first, then its controls, with how many rows each is given."""
+        config, store, site = self.config, scene.store, scene.site
+        dictionary, k = scene.dictionary, scene.k
+        rows = config.rows
+        arms: list[tuple[Arm, int]] = [
+            (DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary)), rows)
         ]
+        if config.pursuit_rows:
+            encoder = PursuitEncoder(dictionary, k, sign=config.sign, refit=config.refit)
+            atoms = RandomAtomsArm(store, site, n_atoms=dictionary.d_sae, k=k, seed=config.seed)
+            again = DictionaryArm("re-encoded", dictionary, encoder)
+            arms += [(again, config.pursuit_rows), (atoms, config.pursuit_rows)]
+        arms.append((PcaArm(scene.pca, k), rows))
+        refs = torch.cat([batch.rows for batch in self._rows(store, site)])
+        tokens = fit_token_means(store, site, refs)
+        if tokens is None:
+            log.info("the rows of this store are no tokens: the token-mean control is left out")
+        else:
+            arms.append((tokens, rows))
+        mean = scene.pca.mean
+        return [_Scores(arm, n, Reconstruction(mean), MedianError(mean)) for arm, n in arms]
 
     # --------------------------------------------------------------------------- reconstruction
 
-    def _reconstruction(
-        self,
-        store: Store,
-        site: str,
-        pca: Pca,
-        arms: Sequence[Arm],
-        costly: Sequence[Arm],
-        projection: PcaArm,
-    ) -> Iterator[ResultRow]:
-        limits = [(arm, self.config.rows) for arm in arms]
-        limits += [(arm, self.config.pursuit_rows) for arm in costly]
-        scores = [
-            _Scores(arm, limit, Reconstruction(pca.mean), MedianError(pca.mean))
-            for arm, limit in limits
-        ]
-        for batch in self._rows(store, site):
-            projection.observe_(batch)
-            for score in scores:
-                score.update_(batch)
-        for score in scores:
-            main = score.arm.name == "dictionary"
-            yield from self._fit_rows(score, None if main else ("fvu", "l0", "description_length"))
-        yield _plain(projection, "l0", float(projection.k), "components", scores[0].n)
-        yield from _usage_rows(scores[0])
-        error = scores[0].reconstruction.compute()["mse"] * scores[0].n * len(pca.mean)
-        rank = projection.rank_at(error)
-        yield _plain(scores[0].arm, "pca_rank_of_equal_fvu", float(rank), "components", scores[0].n)
+    def _reconstruction(self, scene: _Scene, arms: Sequence[_Scores]) -> Iterator[ResultRow]:
+        pca_errors = PcaErrors(scene.pca)
+        for batch in self._rows(scene.store, scene.site):
+            pca_errors.update(batch.y)
+            for scores in arms:
+                scores.update_(batch)
+        own, *controls = arms
+        yield from self._fit_rows(own, None)
+        yield from _usage_rows(own)
+        error = own.reconstruction.compute()["mse"] * own.n * len(scene.pca.mean)
+        rank = float(pca_errors.rank_at(error))
+        yield _plain(own.arm, "pca_rank_of_equal_fvu", rank, "components", own.n)
+        for scores in controls:
+            yield from self._fit_rows(scores, ("fvu", "l0", "description_length"))
+            if isinstance(scores.arm, PcaArm):
+                yield _plain(scores.arm, "l0", float(scores.arm.k), "components", scores.n)
 
-    def _fit_rows(self, score: _Scores, only: tuple[str, ...] | None) -> Iterator[ResultRow]:
-        parts: list[Accumulator] = [score.reconstruction]
-        parts += [score.sparsity] if score.sparsity else []
+    def _fit_rows(self, scores: _Scores, only: tuple[str, ...] | None) -> Iterator[ResultRow]:
+        name, encoder, n = scores.arm.name, scores.arm.encoder, scores.n
+        parts: list[Accumulator] = [scores.reconstruction]
+        parts += [scores.sparsity] if scores.sparsity else []
         for part in parts:
             for definition in part.definitions:
                 if only is None or definition.name in only:
-                    yield self._measured(
-                        part, definition, score.n, score.arm.name, score.arm.encoder
-                    )
-        median = score.median
-        errors, documents = median.rows()
-        drawn = bootstrap_median(
-            errors, documents, resamples=self.config.resamples, seed=self.config.seed
-        )
-        error = standard_error(drawn) if len(torch.unique(documents)) > 1 else None
-        name, encoder = score.arm.name, score.arm.encoder
-        yield ResultRow(
-            median.name,
-            median.compute(),
-            median.unit,
-            score.n,
-            error,
-            median.version,
-            name,
-            encoder,
-        )
+                    yield self._measured(part, definition, n, name, encoder)
+        median = scores.median
+        error = median_error(*median.rows(), **self._resampling())
+        value, version = median.compute(), median.version
+        yield ResultRow(median.name, value, median.unit, n, error, version, name, encoder)
 
     # ------------------------------------------------------------------------------- downstream
 
-    def _spliced(self, arms: Sequence[Arm]) -> list[Arm]:
-        wanted = ("dictionary", *self.config.spliced_controls)
-        return [arm for arm in arms if arm.name.split("(")[0] in wanted]
-
     def _downstream(
-        self, store: Store, site: str, model: LanguageModel, pca: Pca, arms: Sequence[Arm]
+        self, scene: _Scene, model: LanguageModel, arms: Sequence[_Scores]
     ) -> Iterator[ResultRow]:
         config = self.config
-        own = _reconstruct(arms[0])
-        replace: dict[str, Reconstruct] = {arm.name: _reconstruct(arm) for arm in arms}
-        replace |= {
-            ZERO: ablate_to(torch.zeros_like(pca.mean)),
-            MEAN: ablate_to(pca.mean),
-            ISOTROPIC: RandomError(own, "isotropic", pca, config.seed),
-            COVARIANCE: RandomError(own, "covariance", pca, config.seed),
-        }
-        windows = sample_windows(store, site, config.windows)
-        total = measure_splices(model, site, windows, replace, batch=config.window_batch)
-        n = int(total.sums.totals()[0, 0])
+        replace, encoders = self._replacements(scene, [scores.arm for scores in arms])
+        windows = sample_windows(scene.store, scene.site, config.windows)
+        total = measure_splices(model, scene.site, windows, replace, batch=config.window_batch)
+        n = int(total.sums.totals()[0, 0]) if len(total.sums.documents) else 0
         if not n:
             log.warning("no position can be scored downstream: no kept position has a target")
             return
-        encoders = {arm.name: arm.encoder for arm in arms}
         yield self._measured(total, total.definitions[0], n, "clean", "none")
         for name in replace:
             ablations = {"zero": ZERO, "mean": MEAN} if name not in (ZERO, MEAN) else {}
@@ -279,24 +253,41 @@ class CoreEvaluator:
             ratio = total.kl_ratio("dictionary", other, f"kl_over_random_error({name})")
             yield self._measured(total, ratio, n, "dictionary", "own")
 
+    def _replacements(
+        self, scene: _Scene, arms: Sequence[Arm]
+    ) -> tuple[dict[str, Reconstruct], dict[str, str]]:
+        """Return what is spliced by arm, and the encoder of each arm that has one."""
+        pca, seed = scene.pca, self.config.seed
+        wanted = ("dictionary", *self.config.spliced_controls)
+        chosen = [arm for arm in arms if arm.name.split("(")[0] in wanted]
+        own = _reconstruct(chosen[0])
+        replace = {arm.name: _reconstruct(arm) for arm in chosen}
+        replace |= {
+            ZERO: ablate_to(torch.zeros_like(pca.mean)),
+            MEAN: ablate_to(pca.mean),
+            ISOTROPIC: RandomError(own, "isotropic", pca, seed),
+            COVARIANCE: RandomError(own, "covariance", pca, seed),
+        }
+        return replace, {arm.name: arm.encoder for arm in chosen}
+
     # ------------------------------------------------------------------------------------- rows
+
+    def _resampling(self) -> dict[str, int]:
+        return {"resamples": self.config.resamples, "seed": self.config.seed}
 
     def _measured(
         self, part: Accumulator, definition: Definition, n: int, arm: str, encoder: str
     ) -> ResultRow:
         """Return a metric of sums with its bootstrap error."""
-        config = self.config
         value = float(definition.of(part.sums.totals()))
-        error = error_over_documents(
-            part.sums.table, definition.of, resamples=config.resamples, seed=config.seed
-        )
+        error = error_over_documents(part.sums.table, definition.of, **self._resampling())
         name, unit, version = definition.name, definition.unit, definition.version
         return ResultRow(name, value, unit, n, error, version, arm, encoder)
 
 
-def _usage_rows(score: _Scores) -> Iterator[ResultRow]:
+def _usage_rows(scores: _Scores) -> Iterator[ResultRow]:
     """Yield shares of latents: they describe one window of rows and have no error bar."""
-    usage = score.sparsity
+    usage = scores.sparsity
     assert usage is not None
     shares = {
         "dead_share": usage.dead_share(),
@@ -306,7 +297,7 @@ def _usage_rows(score: _Scores) -> Iterator[ResultRow]:
     for low, high, share in density_histogram(usage.density()):
         shares[f"density_histogram[{low:g},{high:g})"] = share
     for name, value in shares.items():
-        yield _plain(score.arm, name, value, "share of latents", usage.n)
+        yield _plain(scores.arm, name, value, "share of latents", usage.n)
 
 
 def _plain(arm: Arm, name: str, value: float, unit: str, n: int) -> ResultRow:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saelab.dictionaries.topk import TopK, TopKConfig
 from saelab.errors import ArtifactError, ConfigError, CorpusError
-from saelab.evals.controls import PcaArm, RandomAtomsArm, TokenMeanArm, fit_pca
+from saelab.evals.controls import PcaArm, PcaErrors, RandomAtomsArm, fit_pca, fit_token_means
 from saelab.evals.core import CoreConfig, CoreEvaluator
 from saelab.evals.downstream import RandomError, ablate_to, measure_splices
 from saelab.evals.encoders import PursuitEncoder, decode
@@ -179,16 +179,18 @@ def test_pca_with_all_components_is_perfect_and_with_k_has_the_fvu_of_its_eigenv
     torch.testing.assert_close(whole(batch)[0], batch.x, atol=1e-4, rtol=0)
     expected = float(pca.variances[5:].sum() / pca.variances.sum())
     assert fvu(batch.x, few(batch)[0]) == pytest.approx(expected, rel=1e-4)
-    few.observe_(batch)
+    errors = PcaErrors(pca)
+    errors.update(batch.x)
     error = float((batch.x - few(batch)[0]).double().square().sum())
-    assert few.rank_at(error * 1.001) == 5
-    assert few.rank_at(error * 0.999) == 6
-    assert few.rank_at(float("inf")) == 0
+    assert errors.rank_at(error * 1.001) == 5
+    assert errors.rank_at(error * 0.999) == 6
+    assert errors.rank_at(float("inf")) == 0
 
 
 def test_token_means_are_those_of_a_loop_and_unseen_ids_get_the_mean(store):
     refs = next(store.scan(SITE, batch=10**6, split="heldout")).rows
-    arm = TokenMeanArm(store, SITE, refs)
+    arm = fit_token_means(store, SITE, refs)
+    assert arm is not None
     batch = next(sample_rows(store, SITE, "heldout", 40, batch=40, seed=3))
     found = arm(batch)[0]
     ids, train = store.ids.flatten(), store._kept("train")
