@@ -1,19 +1,20 @@
 """The app's entry: page settings, style and navigation."""
 
+from pathlib import Path
+
 import streamlit as st
 
-from saelab_app import state
-from saelab_app.components.style import CSS
-
 st.set_page_config(page_title="saelab", page_icon="◈", layout="wide")
-st.html(CSS)
+st.html(Path(__file__).parent / "components" / "style.css")
 page = st.navigation(
     [
-        st.Page("pages/runs.py", title="Runs", icon=":material/grid_view:", url_path="runs", default=True),
-        st.Page("pages/feature.py", title="Feature", icon=":material/radar:", url_path="feature"),
-        st.Page("pages/text.py", title="Try your text", icon=":material/edit_note:", url_path="text"),
-    ]
-)  # fmt: skip
-with st.sidebar:
-    st.html(f'<div class="sl-foot">saelab<br><span>{state.shown_folder()}</span></div>')
+        st.Page(f"pages/{name}.py", title=title, icon=icon, url_path=name, default=name == "runs")
+        for name, title, icon in (
+            ("runs", "Runs", ":material/grid_view:"),
+            ("feature", "Feature", ":material/radar:"),
+            ("text", "Try your text", ":material/edit_note:"),
+        )
+    ],
+    position="top",
+)
 page.run()

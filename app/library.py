@@ -1,4 +1,4 @@
-"""What lies in a run's folder, as the pages want it: one entry per dictionary. No Streamlit here."""
+"""What lies in a run's folder: one entry per dictionary. No Streamlit here."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,9 +1,11 @@
-"""What pages share: the run's folder, open files, the live model, and the choices kept in the URL."""
+"""What pages share: the run's folder, open files, the live model, the choices in the URL."""
 
+import html
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -84,17 +86,6 @@ def pick_entry(candidates: list[Entry]) -> Entry:
     return candidates[ids.index(current)]
 
 
-def shown_folder() -> str:
-    """Return the run's folder as escaped text, shortened to its last parts."""
-    import html
-
-    parts = folder().resolve().parts
-    return html.escape("/".join(parts[-2:]))
-
-
 def link(page: str, **query: str) -> str:
     """Return the escaped address of a page with choices, for links inside HTML blocks."""
-    import html
-    from urllib.parse import urlencode
-
     return html.escape(f"{page}?{urlencode(query)}")

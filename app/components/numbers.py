@@ -21,13 +21,14 @@ def percent(x: float | None) -> str:
     """A share as percent with two significant digits, never rounded to 0 or 100 %."""
     if x is None:
         return "–"
-    if x in (0, 1):
-        return f"{x * 100:.0f} %"
     shown = 100 * x
+    if x in (0, 1) or shown >= 99.995:
+        return f"{shown:.0f} %"
     if shown < 0.001:
         return "< 0.001 %"
-    digits = max(0, 1 - math.floor(math.log10(min(shown, 100 - shown) if shown > 50 else shown)))
-    return f"{shown:.{min(digits, 4)}f} %"
+    near = min(shown, 100 - shown) if shown > 50 else shown
+    digits = min(4, max(0, 1 - math.floor(math.log10(near))))
+    return f"{shown:.{digits}f} %"
 
 
 def one_in(x: float | None) -> str:

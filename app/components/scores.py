@@ -6,6 +6,7 @@ from typing import Any
 
 from saelab.report import pretty
 from saelab_app.components import numbers
+from saelab_app.components.pieces import badge, stat, stats
 from saelab_app.library import Entry
 
 _LEADING = ("fvu", "l0", "dead_share", "ce_recovered_zero", "ce_recovered_mean", "kl", "delta_ce")
@@ -16,22 +17,6 @@ _WORDS = {
     "ce_recovered_zero": "CE recovered",
     "ce_recovered_mean": "CE recovered",
 }
-
-
-def stat(name: str, shown: str, note: str = "") -> str:
-    """Return one number with its name below."""
-    title = f' title="{escape(note)}"' if note else ""
-    return f'<div class="sl-stat"{title}><b>{shown}</b><span>{escape(name)}</span></div>'
-
-
-def stats(*items: str) -> str:
-    """Return numbers in a row."""
-    return f'<div class="sl-stats">{"".join(items)}</div>'
-
-
-def badge(text: str, kind: str = "") -> str:
-    """Return a small label; kinds: warn, live, held."""
-    return f'<span class="sl-badge {kind}">{escape(text)}</span>'
 
 
 def card(entry: Entry) -> str:
@@ -67,7 +52,7 @@ def _card_numbers(entry: Entry) -> str:
         shown += [stat(n, numbers.value(last[n])) for n in ("fvu", "loss", "l0") if n in last][:2]
         return badge("unfinished", "live") + stats(*shown)
     if not entry.results:
-        return badge("not evaluated yet", "")
+        return badge("not evaluated yet")
     shown = []
     for name in ("fvu", "l0", "ce_recovered_zero", "dead_share"):
         row = entry.row(name)
@@ -78,7 +63,7 @@ def _card_numbers(entry: Entry) -> str:
 
 
 def _with_error(row: dict[str, Any]) -> str:
-    return escape(pretty(row["value"], row["standard_error"]))
+    return pretty(row["value"], row["standard_error"])
 
 
 def scorecard(rows: Sequence[dict[str, Any]]) -> str:
@@ -128,7 +113,8 @@ def points(entries: Sequence[Entry]) -> list[dict[str, Any]]:
                 found.append(
                     {
                         "x": x["value"], "y": y["value"], "error": y["standard_error"],
-                        "arm": _arm(*arm), "entry": entry.id, "own": arm[0] == "dictionary",
+                        "arm": _arm(*arm), "own": arm[0] == "dictionary",
+                        "entry": entry.id, "name": entry.name,
                     }
                 )  # fmt: skip
     return found

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from saelab.features.read import Example, ExampleGroup, TokenShare
+from saelab.features.read import Example, ExampleGroup, Neighbour, TokenShare
 from saelab_app.components import numbers
+from saelab_app.components.pieces import badge, bar
 
 _MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
@@ -58,7 +59,7 @@ def tokens(
 ) -> str:
     """Return a run of tokens, each coloured by its value, with a title that tells all about it.
 
-    `at` underlines the token that an example is about; `masked` ones are dim: nothing was computed there.
+    `at` underlines the token that an example is about; `masked` ones are dim: nothing was computed.
     """
     first, last = span or (0, len(strings))
     parts = []
@@ -88,8 +89,10 @@ def _rest(
     for position, string in enumerate(strings):
         if position in values or position == example.position:
             parts.append(
-                tokens(strings, values, peak=peak, at=example.position, span=(position, position + 1),
-                       where=f" · document {example.document}")
+                tokens(
+                    strings, values, peak=peak, at=example.position,
+                    span=(position, position + 1), where=f" · document {example.document}",
+                )
             )  # fmt: skip
         else:
             parts.append(_marked(string))
@@ -97,7 +100,7 @@ def _rest(
 
 
 def example(item: Example, *, peak: float, context: int) -> str:
-    """Return one example: its value, its split, the text around, and the whole window on a click."""
+    """Return one example: value, split, the text around, and the whole window on a click."""
     first = max(0, item.position - context)
     last = min(len(item.strings), item.position + context + 1)
     snippet = tokens(
@@ -105,15 +108,16 @@ def example(item: Example, *, peak: float, context: int) -> str:
         span=(first, last), where=f" · document {item.document}",
     )  # fmt: skip
     before, after = "… " if first else "", " …" if last < len(item.strings) else ""
-    split = '<span class="sl-badge held">held-out</span>' if item.heldout else (
-        '<span class="sl-badge">train</span>'
-    )  # fmt: skip
+    split = badge("held-out", "held") if item.heldout else badge("train")
+    shown = numbers.value(item.value)
+    rest = _rest(item.strings, item.strip, item, peak)
     return (
-        f'<div class="sl-ex"><div class="side">{numbers.value(item.value)}<br>{split}</div>'
-        f'<details><summary class="sl-text"><span class="snip"><i>{before}</i>{snippet}<i>{after}</i></span>'
+        f'<div class="sl-ex"><div class="side">{split}<span>{shown}</span></div>'
+        '<details><summary class="sl-text">'
+        f'<span class="snip"><i>{before}</i>{snippet}<i>{after}</i></span>'
         f'<span class="less">▴ document {item.document}, window {item.window}, '
         f"position {item.position}</span></summary>"
-        f'<div class="sl-text">{_rest(item.strings, item.strip, item, peak)}</div></details></div>'
+        f'<div class="sl-text">{rest}</div></details></div>'
     )
 
 
@@ -125,10 +129,10 @@ def group(item: ExampleGroup, *, peak: float, context: int) -> str:
 def bars(pairs: Sequence[tuple[str, float]], *, negative: bool = False) -> str:
     """Return tokens with a bar and a number each."""
     most = max((abs(v) for _, v in pairs), default=0.0) or 1.0
-    sign = " neg" if negative else ""
+    kind = "neg" if negative else ""
     rows = "".join(
         f"<tr><td>{chip(token)}</td>"
-        f'<td class="bar"><div class="sl-bar{sign}" style="width:{100 * abs(v) / most:.0f}%"></div></td>'
+        f'<td class="bar">{bar(abs(v) / most, kind)}</td>'
         f'<td class="num">{numbers.value(v)}</td></tr>'
         for token, v in pairs
     )
@@ -139,8 +143,17 @@ def shares(found: Sequence[TokenShare]) -> str:
     """Return the tokens that carry a latent's activation, with their shares."""
     rows = "".join(
         f"<tr><td>{chip(token.text)}</td>"
-        f'<td class="bar"><div class="sl-bar" style="width:{100 * token.share:.0f}%"></div></td>'
+        f'<td class="bar">{bar(token.share)}</td>'
         f'<td class="num" title="{token.fires:,} firings">{numbers.percent(token.share)}</td></tr>'
         for token in found
     )
     return f'<table class="sl-bars">{rows}</table>'
+
+
+def near(other: Neighbour) -> str:
+    """Return how near another decoder direction is, and what its latent fires on."""
+    gist = " ".join(chip(t) for t in other.gist.split(" · ")) if other.gist else "never fires"
+    return (
+        f'<div class="sl-near"><div class="num">{other.cosine:.2f}</div>'
+        f'<div class="track">{bar(other.cosine)}</div><div>{gist}</div></div>'
+    )

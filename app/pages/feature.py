@@ -7,7 +7,7 @@ import streamlit as st
 from saelab.errors import SaelabError
 from saelab.features.read import ExampleGroup, Features, LatentPage, LatentStats
 from saelab_app import state
-from saelab_app.components import charts, numbers, scores, text
+from saelab_app.components import charts, numbers, pieces, text
 from saelab_app.library import Entry
 
 EXPLAINED = {
@@ -87,12 +87,12 @@ def _results(features: Features, words: str) -> None:
     hits = features.search(words, limit=24)
     with st.container(border=True):
         if not hits:
-            st.html('<div class="sl-note">No latent fires on it, promotes it or has it near.</div>')
+            st.html(pieces.note("No latent fires on it, promotes it or has it near."))
         for where in ("fires on", "promotes", "context"):
             mine = [hit for hit in hits if hit.where == where]
             if not mine:
                 continue
-            st.html(f'<div class="sl-note">{where}</div>')
+            st.html(pieces.note(where))
             with st.container(horizontal=True, gap="small"):
                 for hit in mine[:12]:
                     share = f" · {numbers.percent(hit.share)}" if hit.share else ""
@@ -120,51 +120,50 @@ def _page(entry: Entry, features: Features, latent: int) -> None:
 
 def _header(stats: LatentStats, features: Features) -> None:
     gist = "".join(text.chip(t) + " " for t in stats.gist.split(" · ")) if stats.gist else ""
-    warnings = "".join(
-        f'<span class="sl-badge warn" title="{EXPLAINED[w]}">{w}</span>' for w in stats.warnings
-    )
+    warnings = "".join(pieces.badge(w, "warn", EXPLAINED[w]) for w in stats.warnings)
     heldout = features.meta["n_heldout"]
     st.html(
         f'<h1 class="sl-h1">Latent {stats.id}<small>{gist}</small></h1>{warnings}'
-        + scores.stats(
-            scores.stat(
+        + pieces.stats(
+            pieces.stat(
                 f"density · {numbers.one_in(stats.density)}".rstrip(" ·"),
                 numbers.percent(stats.density),
                 f"share of {heldout:,} held-out tokens on which it fires",
             ),
-            scores.stat("strongest", numbers.value(stats.peak), "on any kept row"),
-            scores.stat(
+            pieces.stat("strongest", numbers.value(stats.peak), "on any kept row"),
+            pieces.stat(
                 "mean when firing", numbers.value(stats.mean), "mean of |z|, held-out rows"
             ),
-            scores.stat("firings · all rows", f"{stats.fires:,}"),
-            scores.stat("firings · held-out", f"{stats.fires_heldout:,}"),
-            scores.stat("decoder norm", numbers.value(stats.norm)),
+            pieces.stat("firings · all rows", f"{stats.fires:,}"),
+            pieces.stat("firings · held-out", f"{stats.fires_heldout:,}"),
+            pieces.stat("decoder norm", numbers.value(stats.norm)),
         )
     )
 
 
 def _about(entry: Entry, page: LatentPage) -> None:
     if page.stats.fires:
-        st.html('<h2 class="sl-h2">Activations<small>non-zero values</small></h2>')
+        st.html(pieces.heading("Activations", "firings by value; blue: held-out, grey: train"))
         st.plotly_chart(charts.histogram(page.histogram), config=charts.PLAIN, key="histogram")
         st.html(
-            '<h2 class="sl-h2">Fires on<small>share of its activation, all rows</small></h2>'
+            pieces.heading("Fires on", "share of its activation, all rows")
             + text.shares(page.tokens)
         )
     if page.logits is not None:
         st.html(
-            '<h2 class="sl-h2">Effect on the logits<small>direct, per unit of activation</small></h2>'
-            f'<div class="sl-two">{text.bars(page.logits.up)}'
+            pieces.heading("Effect on the logits", "direct, per unit of activation")
+            + f'<div class="sl-two">{text.bars(page.logits.up)}'
             f"{text.bars(page.logits.down, negative=True)}</div>"
         )
-    st.html('<h2 class="sl-h2">Nearest decoder directions<small>cosine</small></h2>')
+    st.html(pieces.heading("Nearest decoder directions", "cosine"))
     with st.container(gap=None):
         for other in page.neighbours:
-            st.page_link(
-                "pages/feature.py",
-                label=f"**{other.id}** · {other.cosine:.2f} · {_safe(other.gist)}",
-                query_params={"dictionary": entry.id, "latent": str(other.id)},
-            )
+            button, about = st.columns([1, 4], gap="small", vertical_alignment="center")
+            button.button(
+                str(other.id), key=f"near {other.id}", on_click=_go, args=(other.id,),
+                type="tertiary", width="stretch",
+            )  # fmt: skip
+            about.html(text.near(other))
     if entry.path is not None:
         st.page_link(
             "pages/text.py", label="Try your own text on this latent", icon=":material/edit_note:",
@@ -178,19 +177,17 @@ def _examples(page: LatentPage, context: int) -> None:
         return
     for group in page.groups:
         st.html(
-            f'<h2 class="sl-h2">{_group_name(group, len(page.groups) - 1)}</h2>'
+            pieces.heading(*_group_name(group, len(page.groups) - 1))
             + text.group(group, peak=abs(page.stats.peak), context=context)
         )
 
 
-def _group_name(group: ExampleGroup, quantiles: int) -> str:
+def _group_name(group: ExampleGroup, quantiles: int) -> tuple[str, str]:
     if group.number == 0:
-        return "Strongest<small>one per window; click a line for the whole window</small>"
+        return "Strongest", "one per window; click a line for the whole window"
     high, low = 100 - 100 * (group.number - 1) // quantiles, 100 - 100 * group.number // quantiles
-    return (
-        f"{low}–{high} % of its firings<small>between {numbers.value(group.low)} and "
-        f"{numbers.value(group.high)}, drawn at random</small>"
-    )
+    span = f"between {numbers.value(group.low)} and {numbers.value(group.high)}"
+    return f"{low}–{high} % of its firings", f"{span}, drawn at random"
 
 
 show()

@@ -4,10 +4,10 @@ import streamlit as st
 
 from saelab.errors import SaelabError
 from saelab_app import state
-from saelab_app.components import charts, scores
+from saelab_app.components import charts, pieces, scores
 from saelab_app.library import Entry
 
-COLUMNS = 3
+CARDS, CHARTS = 3, 4
 CURVES = {
     "fvu": "FVU",
     "loss": "loss",
@@ -18,7 +18,7 @@ CURVES = {
 
 
 def show() -> None:
-    st.html('<h1 class="sl-h1">Runs<small>what was trained here, and how good is it?</small></h1>')
+    st.html(pieces.title("Runs", f"what was trained in {state.folder()}, how good is it?"))
     try:
         entries = state.entries()
     except SaelabError as error:
@@ -30,24 +30,25 @@ def show() -> None:
     _cards(entries)
     scored = [entry for entry in entries if entry.results]
     if scored:
-        _tradeoff(scored)
+        _tradeoff(scored, charts.colours([entry.id for entry in entries]))
         _scorecards(scored)
-    _curves()
+    running = any(entry.running for entry in entries)
+    st.fragment(_curves, run_every=4.0 if running else None)()
 
 
 def _empty() -> None:
     st.info(
-        f"There is no dictionary in `{state.folder()}` yet. `saelab run CONFIG` with this folder as its "
-        "`out` trains one; it appears here as soon as training begins.",
+        f"There is no dictionary in `{state.folder()}` yet. `saelab run CONFIG` with this folder "
+        "as its `out` trains one; it appears here as soon as training begins.",
         icon=":material/hourglass_empty:",
     )
 
 
 def _cards(entries: list[Entry]) -> None:
-    for first in range(0, len(entries), COLUMNS):
-        columns = st.columns(COLUMNS)
-        for column, entry in zip(columns, entries[first : first + COLUMNS], strict=False):
-            with column, st.container(border=True):
+    for first in range(0, len(entries), CARDS):
+        columns = st.columns(CARDS)
+        for column, entry in zip(columns, entries[first : first + CARDS], strict=False):
+            with column, st.container(border=True, height="stretch"):
                 st.html(scores.card(entry))
                 if entry.features is not None:
                     _links(entry)
@@ -68,22 +69,31 @@ def _links(entry: Entry) -> None:
 
 
 @st.fragment
-def _tradeoff(scored: list[Entry]) -> None:
+def _tradeoff(scored: list[Entry], colour: dict[str, str]) -> None:
     points = scores.points(scored)
     if not points:
         return
-    head, switch = st.columns([4, 1], vertical_alignment="bottom")
-    head.html('<h2 class="sl-h2">Error against sparsity<small>held-out rows; open marks are controls; '
-              "bars are one standard error</small></h2>")  # fmt: skip
+    head, switch = st.columns([5, 1], vertical_alignment="bottom")
+    head.html(
+        pieces.heading(
+            "Error against sparsity",
+            "held-out rows; open marks are the controls; bars are one standard error",
+        )
+    )
     log = switch.toggle("log axes", key="log axes")
-    st.plotly_chart(charts.tradeoff(points, log=log), config=charts.PLAIN, key="tradeoff")
+    figure = charts.tradeoff(points, colour, log=log)
+    st.plotly_chart(figure, config=charts.PLAIN, key="tradeoff")
 
 
 @st.fragment
 def _scorecards(scored: list[Entry]) -> None:
     names = [entry.id for entry in scored]
-    st.html('<h2 class="sl-h2">Scorecard<small>beside the controls that it has to beat; '
-            "± is one standard error (bootstrap over documents)</small></h2>")  # fmt: skip
+    st.html(
+        pieces.heading(
+            "Scorecard",
+            "beside the controls that it has to beat; ± is one standard error (over documents)",
+        )
+    )
     name = names[0]
     if len(names) > 1:
         name = st.selectbox("Scorecard of", names, key="scorecard", label_visibility="collapsed")
@@ -91,23 +101,24 @@ def _scorecards(scored: list[Entry]) -> None:
 
 
 def _curves() -> None:
-    running = any(entry.running for entry in state.entries())
-    st.fragment(_draw_curves, run_every=4.0 if running else None)()
-
-
-def _draw_curves() -> None:
-    series = {entry.id: entry.metrics() for entry in state.entries()}
-    series = {name: lines for name, lines in series.items() if lines}
+    entries = state.entries()
+    colour = charts.colours([entry.id for entry in entries])
+    series = {entry.id: lines for entry in entries if (lines := entry.metrics())}
     keys = [key for key in CURVES if any(key in lines[-1] for lines in series.values())]
     if not keys:
         return
-    st.html('<h2 class="sl-h2">Training<small>also of runs that are still going</small></h2>')
-    for first in range(0, len(keys), COLUMNS):
-        columns = st.columns(COLUMNS)
-        for column, key in zip(columns, keys[first : first + COLUMNS], strict=False):
+    shown = {name: colour[name] for name in series}
+    st.html(
+        pieces.heading("Training", "against tokens seen; also of runs that are still going")
+        + pieces.legend(shown)
+    )
+    for first in range(0, len(keys), CHARTS):
+        columns = st.columns(CHARTS)
+        for column, key in zip(columns, keys[first : first + CHARTS], strict=False):
             with column:
-                st.html(f'<div class="sl-note">{CURVES[key]}</div>')
-                st.plotly_chart(charts.curves(series, key), config=charts.PLAIN, key=f"curve {key}")
+                st.html(pieces.note(CURVES[key]))
+                figure = charts.curves(series, key, colour)
+                st.plotly_chart(figure, config=charts.PLAIN, key=f"curve {key}")
 
 
 show()

@@ -9,17 +9,22 @@ import streamlit as st
 from saelab.errors import SaelabError
 from saelab.features.read import Features
 from saelab_app import live, state
-from saelab_app.components import numbers, text
+from saelab_app.components import numbers, pieces, text
 from saelab_app.library import Entry
 
 START = "The minister said on Tuesday that the talks in Geneva had not failed, but would go on."
 SHOWN = 40
 PER_TOKEN = 5
+COLUMNS = {
+    "activation": st.column_config.NumberColumn(format="%.2f"),
+    "of its maximum": st.column_config.ProgressColumn(min_value=0, max_value=1, format="percent"),
+    "density %": st.column_config.NumberColumn(format="%.2f"),
+}
 
 
 def show() -> None:
-    st.html('<h1 class="sl-h1">Try your text<small>which latents fire, and where does the dictionary '
-            "fail?</small></h1>")  # fmt: skip
+    question = "which latents fire, and where does the dictionary fail?"
+    st.html(pieces.title("Try your text", question))
     try:
         candidates = [entry for entry in state.entries() if entry.features and entry.path]
     except SaelabError as error:
@@ -28,19 +33,23 @@ def show() -> None:
     live_ones = [entry for entry in candidates if entry.facts.get("model")]
     if not live_ones:
         st.info(
-            "No dictionary here has both a feature index and a language model: text can be tried on "
-            "dictionaries that `saelab run` trained on a model's activations.",
+            "No dictionary here has both a feature index and a language model: text can be tried "
+            "on dictionaries that `saelab run` trained on a model's activations.",
             icon=":material/edit_note:",
         )
         return
-    left, right = st.columns([2.2, 1], vertical_alignment="bottom")
+    left, right = st.columns([2.6, 1])
     with right:
         entry = state.pick_entry(live_ones)
     with left:
         written = _box()
     if not written.strip():
-        st.html('<div class="sl-note">Type a sentence and press the button (or Ctrl + Enter). '
-                "The language model is loaded at the first one.</div>")  # fmt: skip
+        st.html(
+            pieces.note(
+                "Type a sentence and press the button (or Ctrl + Enter). The language model is "
+                "loaded for the first one."
+            )
+        )
         return
     try:
         reading, seconds = _read(entry, written)
@@ -53,15 +62,17 @@ def show() -> None:
 
 def _box() -> str:
     """Draw the box; return the text to read: the one in the URL, until another is sent."""
+    current = state.chosen("text", "")
     with st.form("text", border=False):
         written = st.text_area(
-            "Text", value=st.query_params.get("text", START), height=110,
-            placeholder="Type a sentence", label_visibility="collapsed",
+            "Text", value=current or START, height=92, placeholder="Type a sentence"
         )  # fmt: skip
         sent = st.form_submit_button("Read it", type="primary", icon=":material/play_arrow:")
     if sent:
-        st.query_params["text"] = written
-    return st.query_params.get("text", "")
+        state.choose("text", written)
+    elif current:
+        state.choose("text", current)
+    return written if sent else current
 
 
 def _read(entry: Entry, written: str) -> tuple[live.Reading, float]:
@@ -99,8 +110,11 @@ def _panels(entry: Entry, features: Features, reading: live.Reading, seconds: fl
         elif latent is not None:
             _coloured(entry, features, reading, latent)
     st.html(
-        f'<h2 class="sl-h2">Token by token<small>the {PER_TOKEN} strongest latents of each; '
-        f"numbers link to their pages · read in {seconds:.2f} s</small></h2>"
+        pieces.heading(
+            "Token by token",
+            f"the {PER_TOKEN} strongest latents of each, numbers link to their pages; "
+            f"read in {seconds:.2f} s",
+        )
         + _by_token(entry, features, reading)
     )
 
@@ -110,9 +124,11 @@ def _coloured(entry: Entry, features: Features, reading: live.Reading, latent: i
     found = live.values(reading, latent)
     strip = text.tokens(reading.strings, found, peak=abs(stats.peak), masked=reading.masked)
     st.html(
-        f'<div class="sl-note">latent {latent} · {escape(stats.gist)} · fires on {len(found)} of '
-        f"{len(reading.strings)} tokens · full colour is its maximum on the store, "
-        f'{numbers.value(stats.peak)}</div><div class="sl-text sl-big">{strip}</div>'
+        pieces.note(
+            f"latent {latent} · {stats.gist} · fires on {len(found)} of {len(reading.strings)} "
+            f"tokens · full colour is its maximum on the store, {numbers.value(stats.peak)}"
+        )
+        + f'<div class="sl-text sl-big">{strip}</div>'
     )
     st.page_link(
         "pages/feature.py", label=f"Open latent {latent}", icon=":material/radar:",
@@ -121,16 +137,20 @@ def _coloured(entry: Entry, features: Features, reading: live.Reading, latent: i
 
 
 def _lost(reading: live.Reading) -> None:
-    kept = {p: -e for p, e in enumerate(reading.error) if p not in reading.masked}
+    kept = {p: e for p, e in enumerate(reading.error) if p not in reading.masked}
     titles = {
-        p: f"“{text.plain(reading.strings[p])}” · {numbers.percent(min(-e, 9.99))} lost"
+        p: f"“{text.plain(reading.strings[p])}” · {numbers.percent(e)} lost"
         for p, e in kept.items()
     }
-    mean = -sum(kept.values()) / len(kept) if kept else None
-    strip = text.tokens(reading.strings, kept, peak=1.0, masked=reading.masked, titles=titles)
+    mean = sum(kept.values()) / len(kept) if kept else None
+    # drawn in the colour of negative values, so that it cannot be taken for an activation
+    orange = {p: -e for p, e in kept.items()}
+    strip = text.tokens(reading.strings, orange, peak=1.0, masked=reading.masked, titles=titles)
     st.html(
-        '<div class="sl-note">share of each token that the reconstruction misses · mean '
-        f'{numbers.percent(mean)}</div><div class="sl-text sl-big">{strip}</div>'
+        pieces.note(
+            f"share of each token that the reconstruction misses · mean {numbers.percent(mean)}"
+        )
+        + f'<div class="sl-text sl-big">{strip}</div>'
     )
 
 
@@ -139,7 +159,7 @@ def _ranking(
 ) -> int | None:
     """Draw the table of latents; return the one that colours the text."""
     if not ranks:
-        st.html('<div class="sl-note">No latent fires on this text.</div>')
+        st.html(pieces.note("No latent fires on this text."))
         return None
     asked = state.chosen("latent", "")
     current = int(asked) if asked.isdigit() and int(asked) < features.n_latents else -1
@@ -155,11 +175,7 @@ def _ranking(
             "tokens": [r.tokens for r in ranks[:SHOWN]],
             "density %": [None if s.density is None else 100 * s.density for s in stats],
         },
-        column_config={
-            "activation": st.column_config.NumberColumn(format="%.2f"),
-            "of its maximum": st.column_config.ProgressColumn(min_value=0, max_value=1, format="percent"),
-            "density %": st.column_config.NumberColumn(format="%.2f"),
-        },
+        column_config=COLUMNS,
         hide_index=True, height=245, key="ranking", on_select="rerun", selection_mode="single-row",
     )  # fmt: skip
     rows = picked["selection"]["rows"]
@@ -180,7 +196,7 @@ def _by_token(entry: Entry, features: Features, reading: live.Reading) -> str:
         rows.append(
             f"<tr><td>{text.chip(reading.strings[position])}</td><td>{lost}</td>{cells}</tr>"
         )
-    head = '<th class="left">strongest latents</th>' + "<th></th>" * (PER_TOKEN - 1)
+    head = f'<th class="left" colspan="{PER_TOKEN}">strongest latents</th>'
     return (
         '<div class="sl-scroll"><table class="sl-table"><tr><th>token</th><th>lost</th>'
         f"{head}</tr>{''.join(rows)}</table></div>"
@@ -191,7 +207,7 @@ def _cell(entry: Entry, latent: int, value: float, gist: str) -> str:
     link = state.link("feature", dictionary=entry.id, latent=str(latent))
     return (
         f'<td class="left" title="{escape(gist)}"><a href="{link}">{latent}</a> '
-        f"<small>{numbers.value(value)}</small></td>"
+        f"{escape(gist.split(' · ')[0])} <small>{numbers.value(value)}</small></td>"
     )
 
 
