@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from saelab import errors
+from saelab.catalogue import CATALOGUE
 from saelab.dictionaries import REGISTRY
+from saelab.store.format import COLUMNS
+from saelab.types import Mask
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -62,3 +65,15 @@ def test_the_index_links_to_every_page_of_the_docs():
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text())}
     assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {index} <= linked
+
+
+def test_every_named_asset_stands_on_the_page_of_licences():
+    text = (ROOT / "docs" / "assets.md").read_text()
+    assert [name for name in CATALOGUE if f"| `{name}` |" not in text] == []
+
+
+def test_the_page_of_the_store_lists_every_mask_bit_and_every_column():
+    text = (ROOT / "docs" / "store.md").read_text()
+    rows = [f"| {int(reason)} | {reason.name} |" for reason in Mask]
+    assert [row for row in rows if row not in text] == []
+    assert [name for name in COLUMNS if f"`{name}`" not in text] == []
