@@ -33,7 +33,7 @@ class CorpusConfig(Config):
     """Which texts, and how they become windows."""
 
     source: str
-    """A named asset, `hub:org/name[:config][@revision]`, a local file, folder, pattern, or `toy`."""
+    """A named asset, `hub:org/name[:config][@revision]`, a file, folder or pattern, or `toy`."""
     tokens: int = Field(gt=0)
     """How many positions to keep; the last window is cut to make exactly that many."""
     context: int = Field(128, ge=2)

@@ -9,11 +9,12 @@ import bz2
 import csv
 import gzip
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from saelab import assets
 from saelab.config import digest
@@ -119,7 +120,7 @@ class _Entry:
 
     name: str
     suffix: str
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], AbstractContextManager[Iterable[bytes]]]
 
 
 def _entries(path: Path) -> Iterator[_Entry]:
@@ -148,7 +149,7 @@ def _read(entry: _Entry, request: Request) -> Iterator[Record]:
             yield from _plain(lines, entry.name, request.sample_by)
 
 
-def _lines(stream: IO[bytes], name: str) -> Iterator[str]:
+def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
     """Decode line by line. Raises CorpusError naming file, line and offset of what is not UTF-8."""
     offset = 0
     for number, raw in enumerate(stream, 1):
@@ -235,13 +236,14 @@ def _local_dataset(files: list[Path], request: Request) -> Iterator[Record]:
                         pass
     name = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
     arguments = {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
-    yield from _rows(name, request, builder, **arguments)
+    yield from _rows(name, request, builder, arguments)
 
 
 def _hub(request: Request) -> Iterator[Record]:
     name, config, revision = _hub_name(request.source)
-    arguments = {"name": config, "split": request.split, "streaming": request.streaming}
-    yield from _rows(request.source, request, name, revision=revision, **arguments)
+    arguments = {"name": config, "revision": revision}
+    arguments |= {"split": request.split, "streaming": request.streaming}
+    yield from _rows(request.source, request, name, arguments)
 
 
 def _hub_name(source: str) -> tuple[str, str | None, str | None]:
@@ -265,7 +267,7 @@ def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
     return f"hub:{name}:{config or ''}@{revision}"
 
 
-def _rows(name: str, request: Request, builder: str, **arguments: Any) -> Iterator[Record]:
+def _rows(name: str, request: Request, builder: str, arguments: dict[str, Any]) -> Iterator[Record]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError

@@ -1,0 +1,381 @@
+"""The corpus: texts of every source become windows whose tokens know where they came from."""
+
+import bz2
+import hashlib
+import json
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from saelab.errors import AssetError, ConfigError, CorpusError
+from saelab.harvest import corpus as corpora
+from saelab.harvest.corpus import CorpusConfig, CorpusReport
+from saelab.protocols import LanguageModel
+from saelab.types import TokenRun
+
+
+class Letters(LanguageModel):
+    """A language model whose tokens are single characters; id = code point."""
+
+    name = "letters"
+    context = 64
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    adds_bos = False
+
+    def __init__(self, **ids):
+        vars(self).update(ids)
+
+    def tokenize(self, texts):
+        return [
+            TokenRun(
+                torch.tensor([ord(c) for c in text], dtype=torch.int64),
+                torch.arange(len(text)),
+                torch.arange(1, len(text) + 1),
+            )
+            for text in texts
+        ]
+
+
+def texts(n, length=40, seed=0):
+    return [(f"{i:04d}" + "abcdefghij" * length)[: 20 + 7 * ((i + seed) % 12)] for i in range(n)]
+
+
+def as_jsonl(path, rows):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in rows), encoding="utf-8")
+    return str(path)
+
+
+def as_lines(path, rows):
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(model=None, **fields):
+    """All windows and the report; fields override a small default."""
+    options = {"tokens": 1000, "context": 16, "min_tail": 5, "sample_by": "line", "holdout": 0.3}
+    report = CorpusReport()
+    config = CorpusConfig.parse(options | fields)
+    return list(corpora.windows(config, model or Letters(), report)), report
+
+
+@pytest.fixture
+def lines(tmp_path):
+    return as_lines(tmp_path / "texts.txt", texts(40))
+
+
+# ------------------------------------------------------------------------------- windows and spans
+
+
+def test_windows_have_exactly_the_asked_positions(lines):
+    windows, report = read(source=lines, tokens=777)
+    assert sum(map(len, windows)) == report.tokens == 777
+    assert report.windows == len(windows)
+    assert max(map(len, windows)) == 16
+
+
+def test_spans_give_back_the_text_and_a_window_never_spans_two_documents(lines):
+    windows, _ = read(source=lines)
+    documents = {d.number: d for w in windows for d in w.begins}
+    for window in windows:
+        assert len(window.document.unique()) == 1
+        text = documents[int(window.document[0])].text
+        spans = zip(window.char_start.tolist(), window.char_end.tolist(), strict=True)
+        assert [text[a:b] for a, b in spans] == [chr(i) for i in window.ids]
+    assert list(documents) == list(range(len(documents)))
+
+
+def test_short_tails_are_dropped_and_counted(tmp_path):
+    source = as_lines(tmp_path / "a.txt", ["a" * 20, "b" * 21, "c" * 3, "d" * 16])
+    windows, report = read(source=source, tokens=16 + 16 + 5 + 16)
+    assert [len(w) for w in windows] == [16, 16, 5, 16]
+    assert (report.dropped_tails, report.dropped_tokens) == (2, 7)
+    assert [d.text[0] for w in windows for d in w.begins] == ["a", "b", "d"]
+    assert report.documents == 3
+
+
+def test_duplicates_and_empty_documents_are_left_out_and_counted(tmp_path):
+    rows = texts(6)
+    source = as_lines(tmp_path / "a.txt", [rows[0], "", rows[1], rows[0], "  ", rows[2]])
+    windows, report = read(source=source, tokens=75)
+    assert (report.duplicates, report.empty, report.documents) == (1, 2, 3)
+    assert [d.text for w in windows for d in w.begins] == rows[:3]
+
+
+def test_the_split_is_the_texts_hash_and_stable_under_reordering(tmp_path):
+    rows = texts(60)
+    first, _ = read(source=as_lines(tmp_path / "a.txt", rows), tokens=2800)
+    second, _ = read(source=as_lines(tmp_path / "b.txt", rows[::-1]), tokens=2800)
+
+    def split(windows):
+        return {d.text: d.heldout for w in windows for d in w.begins}
+
+    both = split(first).keys() & split(second).keys()
+    assert len(both) > 20
+    for text in both:
+        wanted = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32 < 0.3
+        assert split(first)[text] == split(second)[text] == wanted
+    assert {True, False} == set(split(first).values())
+
+
+def test_shuffling_is_seeded_and_keeps_every_document(lines):
+    def order(seed):
+        windows, _ = read(source=lines, shuffle=seed)
+        return [d.text for w in windows for d in w.begins]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2) != order(None)
+    everything = [d.text for w in read(source=lines, tokens=1800, shuffle=1)[0] for d in w.begins]
+    assert len(set(everything)) == len(everything)
+
+
+# ----------------------------------------------------------------------------------------- packing
+
+
+def test_concat_joins_documents_of_one_split_with_eos_between(tmp_path):
+    source = as_lines(tmp_path / "a.txt", texts(60))
+    windows, _ = read(Letters(eos_id=7), source=source, packing="concat", tokens=2500)
+    documents = {d.number: d for w in windows for d in w.begins}
+    assert any(len(w.document.unique()) > 1 for w in windows)
+    for window in windows:
+        assert {documents[int(n)].heldout for n in window.document} == {window.heldout}
+        ends = window.ids == 7
+        length = [len(documents[int(n)].text) for n in window.document[ends]]
+        assert window.char_start[ends].tolist() == window.char_end[ends].tolist() == length
+    groups = {}
+    for window in windows:
+        groups.setdefault(documents[int(window.document[0])].group, []).append(len(window))
+    assert all(sum(sizes) >= 4 * 16 - 5 for sizes in list(groups.values())[:-2])
+    for window in windows:
+        assert len({documents[int(n)].group for n in window.document}) == 1
+
+
+def test_whole_packs_documents_without_cutting_those_that_fit(tmp_path):
+    source = as_lines(tmp_path / "a.txt", [f"{i}aaaa" for i in range(20)] + ["b" * 40])
+    model = Letters(bos_id=3, adds_bos=True)
+    windows, _ = read(model, source=source, packing="whole", tokens=120, min_tail=1, holdout=0)
+    assert max(map(len, windows)) <= 16
+    assert max(len(w.document.unique()) for w in windows) == 2
+    homes = {}
+    for window in windows:
+        for number in window.document.unique().tolist():
+            homes.setdefault(number, []).append(window)
+    documents = {d.number: d for w in windows for d in w.begins}
+    for number, document in list(documents.items())[:-1]:
+        if len(document.text) <= 15:
+            (window,) = homes[number]
+            assert document.text in "".join(chr(i) for i in window.ids)
+
+
+def test_documents_number_in_order_of_their_first_window(tmp_path):
+    source = as_lines(tmp_path / "a.txt", texts(60))
+    for packing in ("document", "concat", "whole"):
+        windows, _ = read(source=source, packing=packing, tokens=1500)
+        numbers = [d.number for w in windows for d in w.begins]
+        assert numbers == list(range(len(numbers)))
+        seen = set()
+        for window in windows:
+            seen |= {d.number for d in window.begins}
+            assert set(window.document.tolist()) <= seen
+
+
+# --------------------------------------------------------------------------------------------- BOS
+
+
+def test_bos_zero_is_a_bos_like_any_other(lines):
+    windows, _ = read(Letters(bos_id=0, adds_bos=True), source=lines)
+    for window in windows:
+        assert window.ids[0] == 0
+        assert window.char_start[0] == window.char_end[0] == window.char_start[1]
+    assert max(map(len, windows)) == 16
+
+
+def test_bos_can_be_forced_and_refused(lines):
+    model = Letters(bos_id=0, adds_bos=True)
+    assert all(w.ids[0] != 0 for w in read(model, source=lines, bos="never")[0])
+    quiet = Letters(bos_id=9)
+    assert all(w.ids[0] != 9 for w in read(quiet, source=lines)[0])
+    assert all(w.ids[0] == 9 for w in read(quiet, source=lines, bos="always")[0])
+
+
+def test_a_tokenizer_without_bos_eos_or_pad_works_in_every_packing(lines):
+    for packing in ("document", "concat", "whole"):
+        windows, _ = read(Letters(), source=lines, packing=packing)
+        assert all((w.ids > 9).all() for w in windows)
+    with pytest.raises(ConfigError, match="no BOS token"):
+        read(Letters(), source=lines, bos="always")
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def test_too_little_text_says_how_much_there_is(tmp_path):
+    source = as_lines(tmp_path / "a.txt", ["a" * 20, "b" * 21])
+    with pytest.raises(CorpusError, match=r"holds 37 tokens.*38 were asked.*at most 37"):
+        read(source=source, tokens=38)
+
+
+def test_a_context_longer_than_the_models_is_refused(lines):
+    with pytest.raises(ConfigError, match="at most 64"):
+        read(source=lines, context=65)
+
+
+def test_what_is_not_utf8_is_named_with_line_and_offset(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(b"good line\nbad \xe9 line\n")
+    with pytest.raises(
+        CorpusError, match=r"bad\.txt is not UTF-8: byte 0xe9 in line 2 \(offset 14\)"
+    ):
+        read(source=str(path))
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(CorpusError, match=r"bad\.jsonl is not UTF-8.*line 2"):
+        read(source=str(path))
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + '\n{"text": "\\ud800 oh"}\n')
+    with pytest.raises(CorpusError, match=r"record|cannot be read"):
+        read(source=str(path), tokens=5)
+
+
+def test_missing_columns_and_sources_name_the_nearest(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("title,body\nx,y\n")
+    with pytest.raises(CorpusError, match=r"no column 'text'.*title, body"):
+        read(source=str(path))
+    with pytest.raises(CorpusError, match="no column 'bodi'; did you mean 'body'"):
+        read(source=str(path), text_field="bodi")
+    with pytest.raises(AssetError, match="news-articles"):
+        read(source="news-article")
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(CorpusError, match="is empty"):
+        read(source=str(path))
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"should hold \.txt"):
+        read(source=str(tmp_path / "a.png"))
+
+
+def test_a_broken_zip_is_named(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK but no zip")
+    with pytest.raises(CorpusError, match=r"a\.zip is not a whole zip"):
+        read(source=str(tmp_path / "a.zip"))
+
+
+# ----------------------------------------------------------------------------------------- sources
+
+
+def found(source, tokens=60, **fields):
+    windows, _ = read(source=str(source), tokens=tokens, min_tail=1, **fields)
+    return [(d.text, d.label) for w in windows for d in w.begins]
+
+
+ROWS = ["first text, with a comma " + "x" * 20, 'second "quoted" text\nof two lines ' + "y" * 20]
+
+
+def test_tables_are_read_plain_packed_and_zipped(tmp_path):
+    import csv
+
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([["n", "text", "kind"], [0, ROWS[0], "k"], [1, ROWS[1], "l"]])
+    wanted = [(ROWS[0], "k"), (ROWS[1], "l")]
+    assert found(path, label_field="kind") == wanted
+    (tmp_path / "b.csv.bz2").write_bytes(bz2.compress(path.read_bytes()))
+    assert found(tmp_path / "b.csv.bz2", label_field="kind") == wanted
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.write(path, "inner/a.csv")
+    assert found(tmp_path / "c.zip", label_field="kind") == wanted
+
+
+def test_orange_tables_have_two_more_header_lines(tmp_path):
+    path = tmp_path / "a.tab"
+    path.write_text(
+        "Category\tText\nd\tstring\nclass\t\n\nsci\t" + "a" * 30 + "\nrec\t" + "b" * 30 + "\n"
+    )
+    assert found(path, label_field="Category") == [("a" * 30, "sci"), ("b" * 30, "rec")]
+
+
+def test_a_folder_or_pattern_of_texts_is_one_document_per_file(tmp_path):
+    for name, text in zip("ba", ROWS, strict=True):
+        (tmp_path / f"{name}.txt").write_text(text)
+    wanted = [(ROWS[1], None), (ROWS[0], None)]
+    assert found(tmp_path, sample_by="file") == wanted
+    assert found(tmp_path / "*.txt", sample_by="file") == wanted
+
+
+def test_a_text_file_can_be_cut_into_paragraphs(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\nparagraph\n\n\nanother one\n")
+    assert found(path, 26, sample_by="paragraph") == [
+        ("one\nparagraph\n", None),
+        ("another one\n", None),
+    ]
+
+
+def test_json_lines_and_parquet_are_read_through_datasets(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"text": text, "n": n} for n, text in enumerate(ROWS)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    wanted = [(ROWS[0], 0), (ROWS[1], 1)]
+    assert found(tmp_path / "a.jsonl", label_field="n") == wanted
+    assert found(tmp_path / "a.parquet", label_field="n") == wanted
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(CorpusError, match=r"a\.parquet cannot be read"):
+        found(tmp_path / "a.parquet")
+
+
+def test_the_identity_follows_content_and_fields_but_not_streaming(tmp_path):
+    source = as_lines(tmp_path / "a.txt", texts(3))
+    config = CorpusConfig(source=source, tokens=10)
+    one = corpora.identity(config)
+    assert corpora.identity(config.model_copy(update={"streaming": True})) == one
+    assert corpora.identity(config.model_copy(update={"context": 64})) != one
+    as_lines(tmp_path / "a.txt", texts(4))
+    assert corpora.identity(config)["checksum"] != one["checksum"]
+
+
+def test_hub_names_may_carry_a_configuration_and_a_commit(monkeypatch):
+    from saelab.harvest import sources
+
+    asked = {}
+
+    def load(builder, **arguments):
+        asked.update(arguments, builder=builder)
+        return [{"text": "a" * 20, "id": "x"}, {"text": "b" * 20, "id": "y"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    windows, _ = read(source="hub:org/data:small@abc", tokens=30, split="validation")
+    assert asked == {
+        "builder": "org/data", "name": "small", "revision": "abc", "split": "validation",
+        "streaming": False,
+    }  # fmt: skip
+    assert len(windows) == 2
+    assert sources.checksum("hub:org/data:small@abc") == "hub:org/data:small@abc"
+
+
+def test_a_hub_that_cannot_be_reached_says_how_to_pin(monkeypatch):
+    from saelab.harvest import sources
+
+    def fail(self, name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    with pytest.raises(CorpusError, match="pin it: hub:org/data@COMMIT"):
+        sources.checksum("hub:org/data")
+
+
+def test_a_survey_counts_without_a_model_run(lines):
+    report = corpora.survey(
+        CorpusConfig(source=lines, tokens=500, context=16, sample_by="line"), Letters()
+    )
+    assert report.tokens == 500
+    assert SimpleNamespace(**corpora.report_facts(report)).documents == report.documents
