@@ -12,7 +12,6 @@ Gao et al. 2024, "Scaling and evaluating sparse autoencoders", arXiv 2406.04093.
 from typing import Annotated, Literal, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -71,17 +70,20 @@ class TopK(BaseDictionary, GradientTrained):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
-        indices, pre = select.topk(self._pre(self._rows(x)), self.config.k)
-        z = select.scatter(indices, pre.relu(), self.d_sae)
+        indices, z = self._code(self._rows(x))
+        z = select.scatter(indices, z, self.d_sae)
         return z.reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseLatents:
         """Return the same codes in ragged form, without a dense matrix of codes."""
-        indices, pre = select.topk(self._pre(self._rows(x)), self.config.k)
-        return SparseLatents.from_topk(indices, pre.relu(), self.d_sae)
+        indices, z = self._code(self._rows(x))
+        return SparseLatents.from_topk(indices, z, self.d_sae)
 
-    def _pre(self, x: Tensor) -> Tensor:
-        return F.linear(x - self.b_dec, self.W_enc, self.b_enc)
+    def _code(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (indices, z) of k latents per row; differentiable on the selected ones."""
+        W_enc, b_enc, b_dec = self.W_enc, self.b_enc, self.b_dec
+        indices, pre = select.linear_topk(x - b_dec.detach(), W_enc, b_enc, self.config.k)
+        return indices, sparse.encode_at(x, b_dec, W_enc, b_enc, indices, pre).relu()
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: biases scale, the variance scales twice."""
@@ -105,10 +107,7 @@ class TopK(BaseDictionary, GradientTrained):
         """Return the FVU-scaled error plus AuxK; pure."""
         del progress
         x = batch.x
-        with torch.no_grad():
-            indices, found = select.topk(self._pre(x), self.config.k)
-        found = found.to(x.dtype)
-        z = sparse.encode_at(x, self.b_dec, self.W_enc, self.b_enc, indices, found).relu()
+        indices, z = self._code(x)
         error = batch.y - (sparse.decode_at(indices, z, self.W_dec) + self.b_dec)
         fvu = error.square().sum() / (len(batch) * self.variance)
         aux = self._auxk(x, error, dead) if self.config.aux_weight > 0 else fvu.new_zeros(())

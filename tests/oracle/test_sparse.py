@@ -85,3 +85,28 @@ def test_ragged_codes_decode_like_dense_ones_also_with_empty_rows():
     W = torch.arange(12.0).reshape(3, 4)
     latents = SparseLatents.from_dense(z)
     torch.testing.assert_close(sparse.decode_ragged(latents, W), z @ W)
+
+
+@pytest.mark.parametrize(("d_sae", "k"), [(64, 3), (64, 4), (65, 4), (24, 24), (4608, 32)])
+def test_topk_by_groups_finds_what_a_plain_topk_finds(d_sae, k):
+    pre = torch.randn(20, d_sae, generator=torch.Generator().manual_seed(k))
+    indices, values = select.topk(pre, k)
+    expected = pre.topk(k)
+    assert torch.equal(values.sort(-1, descending=True).values, expected.values)
+    assert torch.equal(indices.sort(-1).values, expected.indices.sort(-1).values)
+
+
+def test_topk_of_tied_values_keeps_k_different_latents():
+    indices, values = select.topk(torch.ones(3, 128), 5)
+    assert all(len(set(row)) == 5 for row in indices.tolist())
+    assert (values == 1).all()
+
+
+def test_topk_of_a_product_is_that_of_the_whole_matrix_in_any_number_of_chunks():
+    g = torch.Generator().manual_seed(0)
+    x, W, c = (torch.randn(*shape, generator=g) for shape in ((600, 6), (128, 6), (128,)))
+    indices, values = select.linear_topk(x, W, c, 4)
+    expected = (x @ W.T + c).topk(4)
+    torch.testing.assert_close(values.sort(-1, descending=True).values, expected.values)
+    assert torch.equal(indices.sort(-1).values, expected.indices.sort(-1).values)
+    assert len(select.linear_topk(x[:0], W, c, 4)[0]) == 0

@@ -105,7 +105,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path
 
 def test_a_crash_at_any_write_is_made_good_by_the_same_command(tmp_path, monkeypatch):
     store, _ = planted_store(n=400)
-    config = TrainConfig(batch=64, tokens=64 * 4, log_every=2, checkpoint_every=0.5)
+    config = TrainConfig(batch=64, tokens=64 * 2, log_every=1, checkpoint_every=0.5)
     expected = files_of(train_in(tmp_path / "whole", store, config=config))
     for number in range(200):
         calls = iter(range(10**6))
