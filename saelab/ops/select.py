@@ -16,7 +16,8 @@ def topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Int[Tensor, "n k"], Flo
 
     The values keep their sign: what is done with negative ones (usually ReLU) is the caller's
     choice. On a CPU the k largest are looked for in the k groups of columns with the largest
-    maxima, which must hold them: at 4608 columns and k 32 in 28 ms instead of 44.
+    maxima, which must hold them: for 2048 rows of 4608 and k 32 in 28 ms instead of 44
+    (one thread).
     """
     d_sae = pre.shape[1]
     if pre.device.type != "cpu" or d_sae % _GROUP or 2 * _GROUP * k > d_sae:
