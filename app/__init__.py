@@ -1,5 +1,5 @@
 """The browser app: Streamlit pages over a run's artifacts. `launch` starts it."""
 
-from saelab_app.launch import launch
+from saelab_app.serve import launch
 
 __all__ = ["launch"]

@@ -27,7 +27,7 @@ def percent(x: float | None) -> str:
     if shown < 0.001:
         return "< 0.001 %"
     near = min(shown, 100 - shown) if shown > 50 else shown
-    digits = min(4, max(0, 1 - math.floor(math.log10(near))))
+    digits = min(4, max(0, (shown <= 50) - math.floor(math.log10(near))))
     return f"{shown:.{digits}f} %"
 
 
