@@ -131,9 +131,9 @@ class TopK(BaseDictionary, GradientTrained):
     def constrain_grad_(self) -> None:
         """Remove the part of the decoder's gradient that would change its rows' norms."""
         if self.W_dec.grad is not None:
-            self.W_dec.grad.copy_(linalg.without_parallel(self.W_dec.grad, self.W_dec))
+            linalg.remove_parallel_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def constrain_(self) -> None:
         """Give every decoder row unit norm again."""
-        self.W_dec.copy_(linalg.unit_rows(self.W_dec))
+        linalg.unit_rows_(self.W_dec)

@@ -9,9 +9,14 @@ def unit_rows(W: Float[Tensor, "n d"], eps: float = 1e-8) -> Float[Tensor, "n d"
     return W / W.norm(dim=-1, keepdim=True).clamp(min=eps)
 
 
-def without_parallel(g: Float[Tensor, "n d"], W: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Return g with each row's component along the same, unit-norm row of W removed."""
-    return g - (g * W).sum(-1, keepdim=True) * W
+def unit_rows_(W: Float[Tensor, "n d"], eps: float = 1e-8) -> None:
+    """Divide each row by its norm (rows shorter than `eps` by `eps`), in place."""
+    W.div_(W.norm(dim=-1, keepdim=True).clamp(min=eps))
+
+
+def remove_parallel_(g: Float[Tensor, "n d"], W: Float[Tensor, "n d"]) -> None:
+    """Take from each row of g its component along the same, unit-norm row of W, in place."""
+    g.addcmul_(W, (g * W).sum(-1, keepdim=True), value=-1)
 
 
 def geometric_median(

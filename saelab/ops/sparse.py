@@ -9,7 +9,8 @@ values) can use them.
 Measured at 576 → 4608, k 32, 2048 rows, on two busy cores, against other ways to do the same (ms;
 the encoder product took 117 there): sums of rows by embedding-bag over the transposed order 17, by
 CSR product 40, by `index_add` 148; picked products by `sampled_addmm` 8, by gathering chunks of
-rows 105, from the dense product 128. The sums are done in a fixed order, so on a CPU equal inputs give equal bits.
+rows 105, from the dense product 128. The sums are done in a fixed order, so on a CPU equal inputs
+give equal bits.
 """
 
 import warnings
