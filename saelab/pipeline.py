@@ -431,6 +431,8 @@ class Run:
     def _find(self, work: Work, out: Path) -> Path | None:
         found = artifacts.find(out, work.stage, work.name, work.key)
         if found is not None:
+            if not self.dry and self.registry.find(work.key) is None:
+                self.registry.record(artifacts.read_manifest(found), found)
             return found
         elsewhere = self.registry.find(work.key)
         if elsewhere is None:

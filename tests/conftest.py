@@ -60,3 +60,7 @@ def toy_store(tmp_path_factory, toy_model, toy_corpus):
             facts = harvest(toy_model, corpus, config, writer)
         draft.finish(stage="store", name="toy", inputs={}, parents=[], facts=facts)
     return open_store(artifacts.artifact_path(out, "store", "toy", "a" * 64))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.json")

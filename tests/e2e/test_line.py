@@ -19,7 +19,10 @@ def toy(out, **changes):
         "harvest": {"sites": ["blocks.1.hook_resid_post"], "dtype": "float32"},
         "dictionaries": [{"type": "topk", "d_sae": 48, "k": 4}],
         "train": {"batch": 128, "tokens": 2560},
-        "evaluate": {"evals": ["core"], "core": {"bootstrap": 20, "windows": 8}},
+        "evaluate": {
+            "evals": ["core"],
+            "core": {"resamples": 20, "windows": 8, "pursuit_rows": 128},
+        },
         "index": {},
         "out": str(out),
     }
@@ -96,7 +99,7 @@ def test_a_finished_store_can_be_named_instead_of_a_corpus(made):
 
 def test_the_scorecard_has_the_controls_and_their_errors(made):
     _, steps = made
-    rows = [json.loads(line) for line in (steps[2].path / "results.jsonl").open()]
+    rows = [json.loads(line) for line in (steps[2].path / "results.jsonl").read_text().splitlines()]
     arms = {row["arm"].split("(")[0] for row in rows}
     assert {"dictionary", "pca", "token_mean", "random_atoms"} <= arms
     fvu = next(row for row in rows if row["name"] == "fvu" and row["arm"] == "dictionary")

@@ -1,7 +1,8 @@
 """A tiny run's outputs, kept: a change in them without a bump of STAGE_VERSION fails here.
 
-Formats are compared exactly, numbers to 1e-3 (other processors round differently). After a deliberate change: bump
-`pipeline.STAGE_VERSION[stage]`, run `pytest tests/golden --update-golden`, and review the diff.
+Formats are compared exactly, numbers to 1e-3 (other processors round differently). After a
+deliberate change: bump `pipeline.STAGE_VERSION[stage]`, run `pytest tests/golden --update-golden`,
+and review the diff.
 """
 
 import hashlib
@@ -29,7 +30,10 @@ def outputs(tmp_path_factory):
         "harvest": {"sites": ["blocks.1.hook_resid_post"], "dtype": "float32"},
         "dictionaries": [{"type": "topk", "d_sae": 32, "k": 4, "lr": 2e-3}],
         "train": {"batch": 128, "tokens": 1280},
-        "evaluate": {"evals": ["core"], "core": {"bootstrap": 20, "windows": 8}},
+        "evaluate": {
+            "evals": ["core"],
+            "core": {"resamples": 20, "windows": 8, "pursuit_rows": 128},
+        },
         "index": {},
         "out": str(root / "out"),
     }
@@ -45,13 +49,13 @@ def describe_store(path: Path) -> dict:
 
 
 def describe_dictionary(path: Path) -> dict:
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").open()]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((path / "config.json").read_text())
     return tensors(path, "weights*") | {"config": config, "last_metrics": lines[-1]}
 
 
 def describe_results(path: Path) -> dict:
-    rows = [json.loads(line) for line in (path / "results.jsonl").open()]
+    rows = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
     return {
         f"{row['arm']}/{row['name']}": [row["value"], row["standard_error"], row["n"]]
         for row in rows
@@ -62,8 +66,8 @@ def describe_features(path: Path) -> dict:
     with closing(sqlite3.connect(f"file:{path / 'features.db'}?mode=ro", uri=True)) as db:
         schema = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
         plain = [name for name in schema if not name.startswith(("sqlite_", "search"))]
-        counts = {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in plain}  # noqa: S608
-    return {"schema": schema, "counts": counts}
+        counts = {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in plain}
+        return {"schema": schema, "counts": counts}
 
 
 def tensors(path: Path, pattern: str) -> dict:
