@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelab.errors import ShapeError, SiteError, nearest
-from saelab.models.hooks import Point, read, write
+from saelab.models.hooks import Point, handing_on, read, write
 from saelab.protocols import Edit
 from saelab.types import SiteInfo, TokenRun
 
@@ -48,12 +48,15 @@ class HookedModel(ABC):
     special_ids: frozenset[int]
     adds_bos: bool
 
-    def __init__(self, points: Sequence[Point]) -> None:
-        """Take the sites' places, in forward order."""
+    def __init__(self, points: Sequence[Point], *, blocks_return_tensors: bool) -> None:
+        """Take the sites' places, in forward order, and whether blocks return bare tensors."""
         self._points = {point.site.name: point for point in points}
         self._order = {name: place for place, name in enumerate(self._points)}
         self._lock = threading.RLock()
         self._call: object | None = None
+        self._blocks_return_tensors = blocks_return_tensors
+        self._spliced: tuple[str, Tensor, Tensor] | None = None
+        """The site, tokens and clean activations of the last splice."""
 
     # ---------------------------------------------------------------- what a model has to provide
 
@@ -145,7 +148,6 @@ class HookedModel(ABC):
 
     # --------------------------------------------------------------------------------------- passes
 
-    @torch.no_grad()
     def capture(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -163,9 +165,10 @@ class HookedModel(ABC):
                 raise _Stop
 
         reads = {name: _partial(keep, name) for name in sites}
-        with self._hooks(reads, {}), suppress(_Stop):
+        with torch.inference_mode(), self._hooks(reads, {}), suppress(_Stop):
             self._forward(tokens)
-        return {name: kept[name] for name in sites}
+        # copied, since tensors of inference mode could not be used where gradients are taken
+        return {name: kept[name].clone() for name in sites}
 
     @torch.no_grad()
     def logits(
@@ -187,10 +190,33 @@ class HookedModel(ABC):
         keep: Bool[Tensor, "batch pos"],
         lengths: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Return logits with the site replaced by `x_hat` where `keep`, and untouched elsewhere."""
+        """Return logits with the site replaced by `x_hat` where `keep`, and untouched elsewhere.
+
+        Splices that follow each other over the same tokens, at one site of the residual stream,
+        share one pass through the blocks before it; the logits are the same to the bit.
+        """
+        tokens = self._placed(tokens, lengths)
         mask = keep.to(self.device)[..., None]
         put = x_hat.to(self.device, self.dtype)
-        return self.logits(tokens, {site: lambda x: torch.where(mask, put, x)}, lengths)
+        with self._lock:
+            name, seen, clean = self._spliced or ("", tokens, None)
+            known = name == site and torch.equal(seen, tokens)
+
+            def edit(x: Tensor) -> Tensor:
+                x = clean if known and clean is not None else x
+                self._spliced = (site, tokens.clone(), x)
+                return torch.where(mask, put, x)
+
+            with handing_on(self._blocks_before(site) if known else ()):
+                return self.logits(tokens, {site: edit})
+
+    def _blocks_before(self, site: str) -> list[nn.Module]:
+        """Return the blocks that need not run where the site's clean activations are known."""
+        layer, name = self.site(site).layer, site.rpartition(".")[2]
+        if not self._blocks_return_tensors or layer is None or "hook_resid" not in name:
+            return []
+        layers = {"hook_resid_pre": layer, "hook_resid_post": layer + 1}.get(name, 0)
+        return [self._point(f"blocks.{i}.hook_resid_post").module for i in range(layers)]
 
     def grad_at(
         self,

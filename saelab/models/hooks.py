@@ -1,6 +1,7 @@
 """Reading and writing the tensor of one site, by hooks on the module where it lies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,3 +83,19 @@ def _write_middle(point: Point, action: Callable[[Tensor], Tensor | None]) -> li
 
     block = Point(point.site, point.block, "in")
     return [read(block, note), *write(point.branch, change)]
+
+
+@contextmanager
+def handing_on(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let blocks only hand on their input, in a pass that replaces the stream after them anyway."""
+
+    def hand_on(*args: Any, **kwargs: Any) -> Tensor:
+        return _first_input(args, kwargs)
+
+    try:
+        for block in blocks:
+            block.forward = hand_on
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)

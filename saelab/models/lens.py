@@ -56,7 +56,8 @@ class LensModel(HookedModel):
         self._unembed = self._network.get_submodule(names.unembed)
         self._norm_offset = names.norm_offset
         self.d_vocab = self._unembed.get_parameter("weight").shape[0]
-        super().__init__(self._firing(_points(self._network, names, self)))
+        points, bare = self._firing(_points(self._network, names, self))
+        super().__init__(points, blocks_return_tensors=bare)
 
     def _take_tokenizer(self, tokenizer: Any) -> None:
         from tokenizers import Tokenizer, processors
@@ -74,21 +75,33 @@ class LensModel(HookedModel):
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
         self._tokenizer = backend
 
-    def _firing(self, points: list[Point]) -> list[Point]:
-        """Keep the sites that two tokens pass through, with the width that is expected of them."""
+    def _firing(self, points: list[Point]) -> tuple[list[Point], bool]:
+        """Keep the sites that two tokens pass through, with the width that is expected of them.
+
+        Also tell whether each block returns a bare tensor, not a tuple.
+        """
         seen: dict[str, int] = {}
+        bare: list[bool] = []
 
         def note(name: str) -> Any:
             return lambda x: seen.__setitem__(name, x.shape[-1] if x.ndim == 3 else 0)
 
         handles = [read(point, note(point.site.name)) for point in points]
+        handles += [
+            point.module.register_forward_hook(
+                lambda _, __, output: bare.append(isinstance(output, Tensor))
+            )
+            for point in points
+            if point.site.name.endswith("hook_resid_post")
+        ]
         try:
             with torch.no_grad():
                 self._forward(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
         finally:
             for handle in handles:
                 handle.remove()
-        return [point for point in points if seen.get(point.site.name) == point.site.width]
+        found = [point for point in points if seen.get(point.site.name) == point.site.width]
+        return found, all(bare)
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenRun]:
         """Return ids and character spans of each text, without special tokens, of any length.

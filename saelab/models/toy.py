@@ -152,7 +152,7 @@ class ToyModel(HookedModel):
         self.special_ids = frozenset({BOS, EOS})
         self.adds_bos = False
         self._network = _Network(seed).eval().requires_grad_(False).to(self.device)
-        super().__init__(_points(self._network))
+        super().__init__(_points(self._network), blocks_return_tensors=True)
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenRun]:
         """Return ids and spans: known words with their leading space, all else as UTF-8 bytes.

@@ -101,6 +101,28 @@ def test_splicing_acts_on_kept_positions_only(model, tokens):
     assert (spliced[:, 4:] - clean[:, 4:]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post"])
+def test_repeated_splices_give_the_bits_of_a_first_one(model, tokens, name):
+    site = f"blocks.1.{name}"
+    x = model.capture(tokens, [site])[site]
+    keep = torch.tensor([[True, False] * 3 + [True]] * 2)
+    ran = []
+    handle = model._points["blocks.0.mlp.hook_post"].module.register_forward_hook(
+        lambda *_: ran.append(1)
+    )
+    for other in (tokens, tokens.flip(0), tokens):
+        wanted = [
+            model.logits(other, {site: lambda h, s=s: torch.where(keep[..., None], s * x, h)})
+            for s in (0.5, 2.0, 0.0)
+        ]
+        ran.clear()
+        spliced = [model.splice(other, site, s * x, keep) for s in (0.5, 2.0, 0.0)]
+        assert len(ran) == (3 if name == "hook_resid_mid" else 1)
+        for got, expected in zip(spliced, wanted, strict=True):
+            assert torch.equal(got, expected)
+    handle.remove()
+
+
 def test_the_middle_of_the_residual_stream_is_edited_for_mlp_and_skip_alike(model, tokens):
     shift = torch.randn(model.d_model, generator=torch.Generator().manual_seed(1))
     at_middle = model.logits(tokens, {"blocks.0.hook_resid_mid": lambda x: x + shift})
