@@ -12,6 +12,7 @@ Every user of pursuit differs only in the switches of `pursue`:
 With unit atoms, a matching-pursuit step by v leaves energy ‖r‖² − v² and r orthogonal to the atom.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,8 +31,9 @@ GRAM_BYTES = 1 << 30
 """Largest Gram matrix of the atoms that is made."""
 CHUNK_BYTES = 1 << 26
 """Working memory for the scores of one chunk of rows."""
-BLOCK_ROWS = 32
-"""Rows pursued at once on a CPU: their scores stay in its cache from step to step."""
+BLOCK_SCORES = 1 << 15
+"""Scores pursued at once by one CPU thread: they stay in its cache from step to step, and torch does
+not split operations on so few numbers over threads, which would wait for each other at every step."""
 NOISE = 16
 """A row stops when its best score is below this many rounding errors of its own norm."""
 
@@ -84,7 +86,7 @@ def pursue(
         gram = gram_of(atoms)
     order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     coefficients = x.new_zeros(len(x), k)
-    chunk = max(BLOCK_ROWS, CHUNK_BYTES // (x.element_size() * max(len(atoms), k * atoms.shape[1])))
+    chunk = max(1, CHUNK_BYTES // (x.element_size() * max(len(atoms), k * atoms.shape[1])))
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
         if refit == "mp" and gram is not None:
@@ -156,12 +158,20 @@ def _pursue_scores(
     order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     coefficients = x.new_zeros(len(x), k)
     scores, floor, energy = x @ atoms.T, _floor(x), x.square().sum(1)
-    block = BLOCK_ROWS if x.device.type == "cpu" else len(x)
-    for start in range(0, len(x), block):
+
+    def run(start: int) -> None:
         rows = slice(start, start + block)
         _step_block(
             scores[rows], gram, floor[rows], energy[rows], rule, order[rows], coefficients[rows]
         )
+
+    if x.device.type == "cpu":
+        block = max(1, BLOCK_SCORES // len(atoms))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(run, range(0, len(x), block)))
+    else:
+        block = len(x)
+        run(0)
     return order, coefficients
 
 
@@ -183,12 +193,13 @@ def _step_block(
         goes = _goes(score, rule.sign, floor)
         if rule.tol > 0:
             goes &= energy > rule.tol**2
-        value = torch.where(goes, score, 0)
-        order[:, step] = torch.where(goes, atom, -1)
+        value = score * goes
+        order[:, step] = atom.masked_fill(~goes, -1)
         coefficients[:, step] = value
         torch.index_select(gram, 0, atom, out=neighbours)
         scores.addcmul_(neighbours, value[:, None].expand_as(neighbours), value=-1)
-        energy -= value.square() * (2 - norms[atom])
+        if rule.tol > 0:
+            energy -= value.square() * (2 - norms[atom])
         if banned is not None:
             banned.scatter_(1, atom[:, None], True)
 
@@ -204,10 +215,8 @@ def _choose(
     if banned is not None:
         key = key.masked_fill(banned, -torch.inf)
     best, atom = key.max(1)
-    if sign == "abs":
-        score = scores.gather(1, atom[:, None])[:, 0]
-        return atom, torch.where(best == -torch.inf, 0, score)
-    return atom, torch.where(best == -torch.inf, 0, best)
+    score = scores.gather(1, atom[:, None])[:, 0] if sign == "abs" else best
+    return atom, score if banned is None else score.masked_fill(best == -torch.inf, 0)
 
 
 def _goes(score: Float[Tensor, " n"], sign: Sign, floor: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
