@@ -39,7 +39,7 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         98_362_432,
         92_871_040,
-        "package Apache-2.0; weights by HuggingFaceTB, 4-bit form by QuantFactory",
+        "package and weights Apache-2.0 (stated in the GGUF); HuggingFaceTB, 4-bit by QuantFactory",
         "SmolLM2-135M-Instruct, 30 layers, d_model 576, expanded from 4-bit weights (Q4_1)",
     ),
     Asset(
@@ -90,6 +90,6 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         681_736,
         9_411_551,
         "package Apache-2.0; texts: reviews and plots from Rotten Tomatoes, no licence stated",
-        "film reviews and plots with film and category (csv in bz2: category, text, movie_name)",
+        "12,808 review excerpts (fresh, rotten) and 1,097 plots of 1,449 films (csv in bz2)",
     ),
 )
