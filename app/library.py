@@ -71,7 +71,8 @@ def _entry(
 ) -> Entry:
     scored = _newest_child(manifest, results)
     return Entry(
-        path.name, manifest.name, path, manifest.facts, _made(path),
+        path.name, manifest.name, path,
+        manifest.inputs.get("dictionary", {}) | manifest.facts, _made(path),
         results=_lines(scored / "results.jsonl") if scored else [],
         features=_newest_child(manifest, features),
     )  # fmt: skip

@@ -14,7 +14,7 @@ _OPTIONS = {
     "theme.light.backgroundColor": "#ffffff",
     "theme.light.secondaryBackgroundColor": "#f4f6f8",
     "theme.light.textColor": "#1f2733",
-    "theme.dark.primaryColor": "#2dd4bf",
+    "theme.dark.primaryColor": "#14998c",
     "theme.dark.backgroundColor": "#12161c",
     "theme.dark.secondaryBackgroundColor": "#1a2028",
     "theme.dark.textColor": "#e4e8ee",

@@ -31,7 +31,9 @@ class TextStore(Store):
     def __init__(self, model: ToyModel, n_windows: int = 60) -> None:
         draw = random.Random(0)
         texts = [
-            "".join(draw.choice(part) for part in (_SUBJECTS, _REST, (" ", " But"), _SUBJECTS, _REST))
+            "".join(
+                draw.choice(part) for part in (_SUBJECTS, _REST, (" ", " But"), _SUBJECTS, _REST)
+            )
             for _ in range(n_windows)
         ]
         runs = model.tokenize(texts)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from saelab.protocols import Dictionary, LanguageModel, SiteStats, Store
+from saelab.protocols import LanguageModel, SiteStats, Store
 from saelab.types import Batch, SparseLatents, Window
 
 WORDS = [
@@ -81,10 +81,8 @@ class TinyStore(Store):
         )  # fmt: skip
 
 
-class TinyDictionary(Dictionary):
+class TinyDictionary:
     """Keeps the k largest pre-activations by size; signed; the last latent never fires."""
-
-    l0_bound: int | None
 
     def __init__(self, d: int = 8, d_sae: int = 13, k: int = 3, seed: int = 1) -> None:
         g = torch.Generator().manual_seed(seed)
@@ -102,6 +100,18 @@ class TinyDictionary(Dictionary):
 
     def encode_sparse(self, x):
         return SparseLatents.from_dense(self.encode(x))
+
+    def decode(self, z):
+        return z @ self.W_dec
+
+    def offset(self, x):
+        return self.b_dec
+
+    def reconstruct(self, x):
+        return self.decode(self.encode(x))
+
+    def save(self, path):
+        raise NotImplementedError
 
 
 class TinyModel(LanguageModel):

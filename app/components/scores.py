@@ -9,7 +9,16 @@ from saelab_app.components import numbers
 from saelab_app.components.pieces import badge, stat, stats
 from saelab_app.library import Entry
 
-_LEADING = ("fvu", "l0", "dead_share", "ce_recovered_zero", "ce_recovered_mean", "kl", "delta_ce")
+TITLES = {
+    "fvu": "FVU ↓",
+    "median_normalised_error": "median error ↓",
+    "l0": "L0",
+    "kl": "KL ↓",
+    "delta_ce": "ΔCE ↓",
+    "ce_recovered_zero": "CE recovered, zero ↑",
+    "ce_recovered_mean": "CE recovered, mean ↑",
+}
+"""The leading metrics; arrows say which way is better."""
 _WORDS = {
     "fvu": "FVU",
     "l0": "L0",
@@ -67,53 +76,65 @@ def _with_error(row: dict[str, Any]) -> str:
 
 
 def scorecard(rows: Sequence[dict[str, Any]]) -> str:
-    """Return results as a table: a line per metric, a column per arm, each with its error."""
-    arms = list(dict.fromkeys((row["arm"], row.get("encoder", "own")) for row in rows))
-    names = sorted(dict.fromkeys(row["name"] for row in rows), key=_order)
-    cells = {(r["name"], r["arm"], r.get("encoder", "own")): r for r in rows}
-    head = "".join(f"<th>{escape(_arm(*arm))}</th>" for arm in arms)
-    body = []
-    for name in names:
-        found = [cells.get((name, *arm)) for arm in arms]
-        first = next(row for row in found if row)
-        title = f"{first['unit']}, n = {first['n']:,}, version {first['metric_version']}"
-        line = "".join(_cell(row) for row in found)
-        body.append(f'<tr><td title="{escape(title)}">{escape(name)}</td>{line}</tr>')
+    """Return a table with a line per arm and a column per leading metric."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["name"], row["arm"]): row for row in rows}
+    names = [name for name in TITLES if any((name, arm) in cells for arm in arms)]
+    encoders = {row["arm"]: row["encoder"] for row in rows}
+    head = "".join(f"<th>{escape(TITLES[name])}</th>" for name in names)
+    lines = []
+    for arm in arms:
+        found = [cells.get((name, arm)) for name in names]
+        if any(found):
+            own = ' class="own"' if arm == "dictionary" else ""
+            shown = "".join(_cell(row) for row in found)
+            about = escape(f"encoder: {encoders[arm]}")
+            lines.append(f'<tr{own}><td title="{about}">{escape(arm)}</td>{shown}</tr>')
     return (
         f'<div class="sl-scroll"><table class="sl-table"><tr><th></th>{head}</tr>'
-        f"{''.join(body)}</table></div>"
+        f"{''.join(lines)}</table></div>"
     )
 
 
-def _order(name: str) -> tuple[int, str]:
-    return (_LEADING.index(name) if name in _LEADING else len(_LEADING), name)
-
-
-def _arm(arm: str, encoder: str) -> str:
-    return arm if encoder == "own" or encoder in arm else f"{arm}, {encoder}"
+def details(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the dictionary's other numbers, as name and value."""
+    mine = [
+        row
+        for row in rows
+        if row["arm"] == "dictionary" and row["name"] not in TITLES and "[" not in row["name"]
+    ]
+    items = "".join(
+        f"<div><span>{escape(row['name'].replace('_', ' '))}</span>{_value(row)}"
+        f"<small>{escape(row['unit'])}</small></div>"
+        for row in mine
+    )
+    return f'<div class="sl-list">{items}</div>'
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "<td></td>"
-    own = ' class="own"' if row["arm"] == "dictionary" else ""
+    title = f"{row['unit']}, n = {row['n']:,}, version {row['metric_version']}"
+    return f'<td title="{escape(title)}">{_value(row)}</td>'
+
+
+def _value(row: dict[str, Any]) -> str:
     shown, _, error = pretty(row["value"], row["standard_error"]).partition(" ± ")
-    return f"<td{own}>{escape(shown)}{f' <small>± {escape(error)}</small>' if error else ''}</td>"
+    return f"<b>{escape(shown)}</b>" + (f" <small>± {escape(error)}</small>" if error else "")
 
 
 def points(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return every arm that has both L0 and FVU as a point of the trade-off chart."""
     found = []
     for entry in entries:
-        arms = list(dict.fromkeys((r["arm"], r.get("encoder", "own")) for r in entry.results))
-        cells = {(r["name"], r["arm"], r.get("encoder", "own")): r for r in entry.results}
-        for arm in arms:
-            x, y = cells.get(("l0", *arm)), cells.get(("fvu", *arm))
+        cells = {(row["name"], row["arm"]): row for row in entry.results}
+        for arm in dict.fromkeys(row["arm"] for row in entry.results):
+            x, y = cells.get(("l0", arm)), cells.get(("fvu", arm))
             if x and y and x["value"] > 0:
                 found.append(
                     {
                         "x": x["value"], "y": y["value"], "error": y["standard_error"],
-                        "arm": _arm(*arm), "own": arm[0] == "dictionary",
+                        "arm": arm, "own": arm == "dictionary",
                         "entry": entry.id, "name": entry.name,
                     }
                 )  # fmt: skip

@@ -64,15 +64,20 @@ def tokens(
     first, last = span or (0, len(strings))
     parts = []
     for position in range(first, last):
-        shown = _marked(strings[position])
+        string = strings[position]
+        shown = _marked(string)
+        space = ""
+        if string.strip(" "):  # the space before a word is not coloured
+            shown = _marked(string.lstrip(" "))
+            space = " " * (len(string) - len(string.lstrip(" ")))
         value = values.get(position)
         title = (titles or {}).get(position) or _title(
-            strings[position], value, position, where, position in masked
+            string, value, position, where, position in masked
         )
         mark = ' class="at"' if position == at else ""
         style = f' style="{colour(value, peak)}"' if value else ""
         tag = "s" if position in masked else "b"
-        parts.append(f'<{tag}{mark}{style} title="{escape(title)}">{shown}</{tag}>')
+        parts.append(f'{space}<{tag}{mark}{style} title="{escape(title)}">{shown}</{tag}>')
     return "".join(parts)
 
 
@@ -141,9 +146,10 @@ def bars(pairs: Sequence[tuple[str, float]], *, negative: bool = False) -> str:
 
 def shares(found: Sequence[TokenShare]) -> str:
     """Return the tokens that carry a latent's activation, with their shares."""
+    most = max((token.share for token in found), default=0.0) or 1.0
     rows = "".join(
         f"<tr><td>{chip(token.text)}</td>"
-        f'<td class="bar">{bar(token.share)}</td>'
+        f'<td class="bar">{bar(token.share / most)}</td>'
         f'<td class="num" title="{token.fires:,} firings">{numbers.percent(token.share)}</td></tr>'
         for token in found
     )
@@ -155,5 +161,5 @@ def near(other: Neighbour) -> str:
     gist = " ".join(chip(t) for t in other.gist.split(" · ")) if other.gist else "never fires"
     return (
         f'<div class="sl-near"><div class="num">{other.cosine:.2f}</div>'
-        f'<div class="track">{bar(other.cosine)}</div><div>{gist}</div></div>'
+        f'<div class="track">{bar(other.cosine)}</div><div class="gist">{gist}</div></div>'
     )

@@ -31,7 +31,7 @@ def show() -> None:
             icon=":material/radar:",
         )
         return
-    pick, number, step, find = st.columns([2.6, 1.1, 1.5, 2.2], vertical_alignment="bottom")
+    pick, number, step, find = st.columns([2.4, 1.1, 1.9, 2.1], vertical_alignment="bottom")
     with pick:
         entry = state.pick_entry(candidates)
     assert entry.features is not None
@@ -49,14 +49,19 @@ def show() -> None:
         words = st.text_input("Search", key="search", placeholder='token or text, e.g. " not"')
     if words:
         _results(features, words)
+    if st.session_state.get("browse"):
+        _browse(features)
     _page(entry, features, latent)
 
 
 def _latent(features: Features) -> int:
-    """Return the latent in the URL; at first the one with the strongest single-token claim."""
-    given = state.chosen("latent", "0")
-    latent = int(given) if given.isdigit() else 0
-    latent = min(latent, features.n_latents - 1)
+    """Return the latent in the URL; at first one that nothing has to be warned about."""
+    given = state.chosen("latent", "")
+    if given.isdigit():
+        latent = min(int(given), features.n_latents - 1)
+    else:
+        sound = (s.id for s in features.table("id", 300) if not s.warnings)
+        latent = next(sound, 0)
     state.choose("latent", str(latent))
     return latent
 
@@ -81,6 +86,11 @@ def _steps(latent: int, n: int) -> None:
             (":material/casino:", random.randrange(n), "random"),  # noqa: S311 (a dice button)
         ):
             st.button("", icon=icon, key=name, help=f"{name} latent", on_click=_go, args=(target,))
+        st.button("", icon=":material/list:", key="all", help="all latents", on_click=_toggle)
+
+
+def _toggle() -> None:
+    st.session_state["browse"] = not st.session_state.get("browse", False)
 
 
 def _results(features: Features, words: str) -> None:
@@ -100,6 +110,34 @@ def _results(features: Features, words: str) -> None:
                         f"{hit.stats.id}{share}", key=f"hit {where} {hit.stats.id}",
                         help=_safe(hit.stats.gist), on_click=_go, args=(hit.stats.id,),
                     )  # fmt: skip
+
+
+@st.fragment
+def _browse(features: Features) -> None:
+    """Draw all latents as a table that can be sorted; a chosen line is opened."""
+    stats = features.table("id", features.n_latents)
+    picked = st.dataframe(
+        {
+            "latent": [s.id for s in stats],
+            "fires on": [s.gist for s in stats],
+            "density %": [None if s.density is None else 100 * s.density for s in stats],
+            "strongest": [s.peak for s in stats],
+            "mean when firing": [s.mean for s in stats],
+            "nearest cosine": [s.cosine for s in stats],
+            "warnings": [", ".join(s.warnings) for s in stats],
+        },
+        column_config={
+            name: st.column_config.NumberColumn(format="%.3f")
+            for name in ("density %", "strongest", "mean when firing", "nearest cosine")
+        },
+        hide_index=True, height=320, key="all latents", on_select="rerun",
+        selection_mode="single-row",
+    )  # fmt: skip
+    rows = picked["selection"]["rows"]
+    if rows and st.session_state.get("opened row") != rows[0]:
+        st.session_state["opened row"] = rows[0]
+        _go(stats[rows[0]].id)
+        st.rerun()
 
 
 def _safe(label: str) -> str:

@@ -97,7 +97,8 @@ def _scorecards(scored: list[Entry]) -> None:
     name = names[0]
     if len(names) > 1:
         name = st.selectbox("Scorecard of", names, key="scorecard", label_visibility="collapsed")
-    st.html(scores.scorecard(scored[names.index(name)].results))
+    rows = scored[names.index(name)].results
+    st.html(scores.scorecard(rows) + scores.details(rows))
 
 
 def _curves() -> None:
@@ -107,6 +108,8 @@ def _curves() -> None:
     keys = [key for key in CURVES if any(key in lines[-1] for lines in series.values())]
     if not keys:
         return
+    if "fvu" in keys:
+        keys.remove("loss")
     shown = {name: colour[name] for name in series}
     st.html(
         pieces.heading("Training", "against tokens seen; also of runs that are still going")

@@ -88,9 +88,9 @@ def build(
 ) -> dict[str, Any]:
     """Write `features.db` into the draft; return facts for its manifest.
 
-    Without a model there are no logit effects. `meta` is stored as it is, beside the mean activation, and must be JSON-ready and
-    free of times and paths. Memory: about 300 MB for firings, 4 bytes per row and the dictionary;
-    disk: 12 bytes per firing while building.
+    Without a model there are no logit effects. `meta` is stored as it is, beside the mean
+    activation, and must be JSON-ready and free of times and paths. Memory: a few hundred MB for
+    firings, whatever their number, and 4 bytes per row; disk: 12 bytes per firing while building.
     Raises SiteError if the store lacks the site, ShapeError if it has another width.
     """
     source = Source(dictionary, store, model, site)

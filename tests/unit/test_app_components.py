@@ -148,7 +148,6 @@ def test_the_scorecard_has_a_column_per_arm_and_errors_beside_values():
     html = scores.scorecard([row("fvu", 0.2, error=0.01), row("fvu", 0.3, arm="<pca>")])
     found = harmless(html)
     assert "&lt;pca&gt;" in html
-    assert "0.200" in found.text
     assert "± 0.010" in found.text
 
 
