@@ -7,8 +7,10 @@ reason, what readers should leave out; no position is dropped.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from pydantic import Field
@@ -22,8 +24,8 @@ from saelab.types import Document, Mask, Shard, TokenTable
 
 PREPASS_ROWS = 4096
 """The median norm is that of at most this many unmasked positions at the start of the corpus."""
-_SHORTEST = 0.8
-"""Windows of a batch have at least this share of its longest's length: little is padded."""
+_CALL_TOKENS = 256
+"""What a forward pass costs beside its tokens, in tokens: measured on a 135M model on two cores."""
 
 
 class HarvestConfig(Config):
@@ -157,22 +159,29 @@ class Harvester:
         return mask
 
 
-def batches_of(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+def batches_of(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Group window numbers into batches of similar length, the longest first.
 
-    A batch has at most `batch_tokens` tokens with padding, or is a single window.
+    A batch has at most `batch_tokens` tokens with padding, or is a single window. Of all ways to
+    cut the sorted windows, the cheapest is taken, by dynamic programming over the last batch's
+    start.
     """
-    batch: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch:
-            longest = lengths[batch[0]]
-            full = (len(batch) + 1) * longest > batch_tokens
-            if full or lengths[number] < _SHORTEST * longest:
-                yield batch
-                batch = []
-        batch.append(number)
-    if batch:
-        yield batch
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    size = np.array([lengths[i] for i in order])
+    most = max(1, batch_tokens // int(size[-1]))
+    cost = np.zeros(len(size) + 1)
+    begin = np.zeros(len(size) + 1, dtype=np.int64)
+    for end in range(1, len(size) + 1):
+        start = np.arange(max(0, end - most), end)
+        padded = (end - start) * size[start]
+        total = cost[start] + padded + _CALL_TOKENS
+        total[(padded > batch_tokens) & (start < end - 1)] = np.inf
+        best = int(total.argmin())
+        cost[end], begin[end] = total[best], start[best]
+    cuts = [len(size)]
+    while cuts[-1]:
+        cuts.append(int(begin[cuts[-1]]))
+    return [order[a:b] for a, b in pairwise(reversed(cuts))]
 
 
 def _table(group: Group) -> TokenTable:

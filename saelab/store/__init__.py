@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import DiskStore
 from saelab.store.writer import StoreWriter
 
-__all__ = ["DiskStore", "StoreWriter", "open_store"]
+__all__ = ["ArraysConfig", "DiskStore", "StoreWriter", "from_arrays", "open_store"]
 
 
 def open_store(path: Path | str) -> DiskStore:
