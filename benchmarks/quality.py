@@ -4,10 +4,10 @@
 
 Every implementation trains d_sae latents, k of them active, for the same number of steps on
 identical batches: the kept training rows of one site, in a fresh permutation per epoch fixed by the
-seed. Per implementation the schedule is chosen at the middle learning rate on order 0, then the
-learning rate on order 0; the best pair runs on the other orders. Peers run in their own environment
-through `peers.py`; ours is the trainer that `saelab train` runs, in its defaults, through
-`quality_saelab.py`.
+seed. Per implementation the learning rate is chosen on order 0 under the schedule that we use too,
+then the schedule at that rate; the best pair runs on the other orders. Peers run in their own
+environment through `peers.py`; ours is the trainer that `saelab train` runs, in its defaults,
+through `quality_saelab.py`.
 
 `--acts FOLDER` takes `train.npy` and `heldout.npy` instead of a store. One JSON line per run goes
 to `--out`, keyed by the rows' sha256; a run that stands there is not repeated. The table at the end
@@ -31,9 +31,9 @@ import numpy as np
 LRS = (8e-4, 2e-3, 4e-3)
 SCHEDULES = {
     "saelab": ("default",),
-    "sparsify": ("constant", "warmup_decay", "linear"),
-    "dictionary_learning": ("constant", "warmup_decay"),
-    "sae_lens": ("constant", "warmup_decay"),
+    "sparsify": ("warmup_decay", "constant", "linear"),
+    "dictionary_learning": ("warmup_decay", "constant"),
+    "sae_lens": ("warmup_decay", "constant"),
 }
 
 Line = dict[str, Any]
@@ -125,11 +125,12 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def compare(impls: Iterable[str], seeds: int, measure: Callable[..., float]) -> dict[str, Line]:
-    """Choose the schedule at the middle rate, then the rate, on order 0; run the other orders."""
+    """Choose the rate under the first schedule, then the schedule, on order 0; run the others."""
     found = {}
     for impl in impls:
-        schedule = min(SCHEDULES[impl], key=lambda name: measure(impl, name, LRS[1], 0))
-        lr = min(LRS, key=lambda rate: measure(impl, schedule, rate, 0))
+        schedules = SCHEDULES[impl]
+        lr = min(LRS, key=lambda rate: measure(impl, schedules[0], rate, 0))
+        schedule = min(schedules, key=lambda name: measure(impl, name, lr, 0))
         values = [measure(impl, schedule, lr, seed) for seed in range(seeds)]
         found[impl] = {"schedule": schedule, "lr": lr, "fvu": np.array(values)}
     return found
