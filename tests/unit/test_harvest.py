@@ -33,42 +33,6 @@ def fill(out, model, source, *, tokens=700, shard=300, report=None, corpus=None,
     return artifacts.artifact_path(out, "store", "toy", KEY)
 
 
-class Broken:
-    """A model whose activations at one site hold a bad value wherever a token id occurs."""
-
-    def __init__(self, model, site, token, value):
-        self._model, self._site, self._token, self._value = model, site, token, value
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    def capture(self, tokens, sites, lengths=None):
-        found = self._model.capture(tokens, sites, lengths)
-        if self._site in found:
-            rows = found[self._site].clone()
-            rows[..., 0][tokens == self._token] = self._value
-            found[self._site] = rows
-        return found
-
-
-@pytest.fixture
-def broken(toy_model):
-    """The toy, made a `LanguageModel` in name too, with a fault planted by the test."""
-    from saelab.protocols import LanguageModel
-
-    class Model(Broken, LanguageModel):
-        pass
-
-    for name in vars(LanguageModel):
-        if (
-            not name.startswith("_")
-            and name != "capture"
-            and callable(getattr(LanguageModel, name))
-        ):
-            setattr(Model, name, lambda self, *a, _n=name, **k: getattr(self._model, _n)(*a, **k))
-    return lambda *fault: Model(toy_model, *fault)
-
-
 def test_rows_are_the_models_activations_at_their_positions(toy_store, toy_model):
     for window in toy_store.windows(SITES[0], limit=6):
         rows = torch.arange(window.first_row, window.first_row + len(window))
