@@ -25,8 +25,8 @@ from saelab.evals.controls import (
 )
 from saelab.evals.downstream import RandomError, Reconstruct, ablate_to, measure_splices
 from saelab.evals.encoders import OwnEncoder, PursuitEncoder
-from saelab.evals.sample import head, sample_rows, sample_windows
-from saelab.metrics.reconstruction import MedianError, Reconstruction
+from saelab.evals.sample import sample_rows, sample_windows, thinned
+from saelab.metrics.reconstruction import MEDIAN, MEDIAN_UNIT, MEDIAN_VERSION, Reconstruction
 from saelab.metrics.sparsity import Sparsity, density_histogram
 from saelab.metrics.sums import Accumulator, Definition
 from saelab.ops.pursuit import Refit, Sign
@@ -46,7 +46,7 @@ class CoreConfig(Config):
     rows: PositiveInt = 50_000
     """Held-out rows for reconstruction and sparsity; all of them if there are fewer."""
     pursuit_rows: NonNegativeInt = 16_384
-    """Of these, rows for the controls that need pursuit; 0 leaves them out."""
+    """Of these, evenly spaced, rows for the controls that need pursuit; 0 leaves them out."""
     fit_rows: PositiveInt = 50_000
     """Training rows for PCA."""
     k: PositiveInt | None = None
@@ -83,22 +83,22 @@ class _Scene:
 
 @dataclass
 class _Scores:
-    """What is summed up for one arm, over at most `limit` rows."""
+    """What is summed up for one arm."""
 
     arm: Arm
-    limit: int
+    share: float
+    """Part of the rows that it is given, evenly spaced."""
     reconstruction: Reconstruction
-    median: MedianError
     sparsity: Sparsity | None = None
+    seen: int = 0
     n: int = 0
 
     def update_(self, batch: Batch) -> None:
-        batch = head(batch, self.limit - self.n)
+        batch, self.seen = thinned(batch, self.share, self.seen), self.seen + len(batch)
         if not len(batch):
             return
         x_hat, z = self.arm(batch)
         self.reconstruction.update(batch.y, x_hat, batch.documents)
-        self.median.update(batch.y, x_hat, batch.documents)
         if z is not None:
             self.sparsity = self.sparsity or Sparsity(z.d_sae)
             self.sparsity.update(z, batch.documents)
@@ -180,24 +180,23 @@ class CoreEvaluator:
         """Return the dictionary first, then its controls, with how many rows each is given."""
         config, store, site = self.config, scene.store, scene.site
         dictionary, k = scene.dictionary, scene.k
-        rows = config.rows
-        arms: list[tuple[Arm, int]] = [
-            (DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary)), rows)
+        arms: list[tuple[Arm, float]] = [
+            (DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary)), 1.0)
         ]
         if config.pursuit_rows:
             encoder = PursuitEncoder(dictionary, k, sign=config.sign, refit=config.refit)
             atoms = RandomAtomsArm(store, site, n_atoms=dictionary.d_sae, k=k, seed=config.seed)
             again = DictionaryArm("re-encoded", dictionary, encoder)
-            arms += [(again, config.pursuit_rows), (atoms, config.pursuit_rows)]
-        arms.append((PcaArm(scene.pca, k), rows))
+            share = min(1.0, config.pursuit_rows / min(config.rows, store.n_kept(site, "heldout")))
+            arms += [(again, share), (atoms, share)]
+        arms.append((PcaArm(scene.pca, k), 1.0))
         refs = torch.cat([batch.rows for batch in self._rows(store, site)])
         tokens = fit_token_means(store, site, refs)
         if tokens is None:
             log.info("the rows of this store are no tokens: the token-mean control is left out")
         else:
-            arms.append((tokens, rows))
-        mean = scene.pca.mean
-        return [_Scores(arm, n, Reconstruction(mean), MedianError(mean)) for arm, n in arms]
+            arms.append((tokens, 1.0))
+        return [_Scores(arm, share, Reconstruction(scene.pca.mean)) for arm, share in arms]
 
     # --------------------------------------------------------------------------- reconstruction
 
@@ -226,10 +225,9 @@ class CoreEvaluator:
             for definition in part.definitions:
                 if only is None or definition.name in only:
                     yield self._measured(part, definition, n, name, encoder)
-        median = scores.median
-        error = median_error(*median.rows(), **self._resampling())
-        value, version = median.compute(), median.version
-        yield ResultRow(median.name, value, median.unit, n, error, version, name, encoder)
+        error = median_error(*scores.reconstruction.errors(), **self._resampling())
+        value = scores.reconstruction.median()
+        yield ResultRow(MEDIAN, value, MEDIAN_UNIT, n, error, MEDIAN_VERSION, name, encoder)
 
     # ------------------------------------------------------------------------------- downstream
 

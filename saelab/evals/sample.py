@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from saelab.protocols import Split, Store
@@ -24,18 +24,21 @@ def sample_rows(
         return
     size, left = min(batch, n), n
     for rows in store.batches(site, batch=size, seed=seed, split=split, drop_last=False):
-        yield head(rows, left)
+        yield rows if len(rows) <= left else _pick(rows, torch.arange(left))
         left -= len(rows)
         if left <= 0:
             return
 
 
-def head(batch: Batch, n: int) -> Batch:
-    """Return the first `n` rows of a batch."""
-    if n >= len(batch):
-        return batch
-    grad = None if batch.grad is None else batch.grad[:n]
-    return Batch(batch.x[:n], batch.y[:n], batch.rows[:n], batch.documents[:n], grad)
+def thinned(batch: Batch, share: float, start: int) -> Batch:
+    """Return every 1/share-th row of a stream of rows, of which this batch begins at `start`."""
+    place = torch.arange(start, start + len(batch) + 1, dtype=torch.float64)
+    return _pick(batch, (place * share).floor().diff() > 0)
+
+
+def _pick(batch: Batch, which: Shaped[Tensor, " m"]) -> Batch:
+    grad = None if batch.grad is None else batch.grad[which]
+    return Batch(batch.x[which], batch.y[which], batch.rows[which], batch.documents[which], grad)
 
 
 def sample_windows(store: Store, site: str, n: int) -> list[Window]:

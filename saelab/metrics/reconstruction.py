@@ -13,8 +13,12 @@ from saelab.metrics.sums import Accumulator, Definition, DocumentSums
 
 _N, _ERROR, _SPREAD, _COSINE, _RATIO, _HAT, _CROSS, _NONZERO, _VECTOR = range(9)
 
-_BLOCK = 256
-"""Rows converted to float64 at once, so that the working copies stay in the processor's cache."""
+_BLOCK = 1 << 15
+"""Numbers converted to float64 at once: the working copies stay in cache, and on one thread."""
+
+MEDIAN = "median_normalised_error"
+MEDIAN_VERSION = 1
+MEDIAN_UNIT = "share"
 
 
 def _fvu(t: Float[Tensor, "b q"]) -> Float[Tensor, " b"]:
@@ -25,17 +29,22 @@ def _fvu(t: Float[Tensor, "b q"]) -> Float[Tensor, " b"]:
 
 @final
 class Reconstruction(Accumulator):
-    """Metrics that are ratios of sums over rows.
+    """Ratios of sums over rows, and the median over rows of ‖x−x̂‖² / ‖x−centre‖².
 
     The variance in `fvu` is about the mean of the very documents it is computed over, in every
-    bootstrap resample too: vector sums are kept per document (documents × d float64), so no mean
-    is held fixed.
+    bootstrap resample too: vector sums are kept per document (documents × d float64), so no mean is
+    held fixed. The median is an error that a few huge rows cannot own; it keeps a number per row.
     """
 
     def __init__(self, centre: Float[Tensor, " d"]) -> None:
-        """Keep sums about `centre`, a vector near the rows' mean; it changes only rounding."""
+        """Normalise the median by the distance from `centre`, the mean of the training rows.
+
+        All other metrics depend on it by rounding only.
+        """
         self.centre = centre.to("cpu", torch.float64)
         self.sums = DocumentSums(_VECTOR + len(centre))
+        self._errors: list[Float[Tensor, " n"]] = []
+        self._documents: list[Int[Tensor, " n"]] = []
 
     @property
     def definitions(self) -> tuple[Definition, ...]:
@@ -56,8 +65,21 @@ class Reconstruction(Accumulator):
         documents: Int[Tensor, " n"],
     ) -> None:
         """Take in rows and their reconstructions."""
-        parts = zip(x.split(_BLOCK), x_hat.split(_BLOCK), strict=True)
-        self.sums.add(documents, torch.cat([self._columns(*part) for part in parts]))
+        block = max(1, _BLOCK // len(self.centre))
+        parts = zip(x.split(block), x_hat.split(block), strict=True)
+        columns = torch.cat([self._columns(*part) for part in parts])
+        self.sums.add(documents, columns)
+        error, spread = columns[:, _ERROR], columns[:, _SPREAD]
+        self._errors.append(torch.where(error == 0, 0, error / spread))
+        self._documents.append(documents.cpu())
+
+    def errors(self) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+        """Return every row's normalised error and document number, in the order they came."""
+        return torch.cat(self._errors), torch.cat(self._documents)
+
+    def median(self) -> float:
+        """Return the least error with at least half of the rows at or below it."""
+        return float(torch.cat(self._errors).median())
 
     def _columns(
         self, x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]
@@ -77,46 +99,6 @@ class Reconstruction(Accumulator):
             nonzero.double(),
         ]
         return torch.cat([torch.stack(columns, 1), centred], 1)
-
-
-@final
-class MedianError:
-    """Median over rows of ‖x−x̂‖² / ‖x−centre‖²: an error that a few huge rows cannot own.
-
-    With the training mean as centre, predicting that mean gives 1, as it does (nearly) for fvu.
-    Keeps one float64 per row.
-    """
-
-    name = "median_normalised_error"
-    version = 1
-    unit = "share"
-
-    def __init__(self, centre: Float[Tensor, " d"]) -> None:
-        """Normalise by the distance from `centre`."""
-        self.centre = centre.to("cpu", torch.float64)
-        self._errors: list[Float[Tensor, " n"]] = []
-        self._documents: list[Int[Tensor, " n"]] = []
-
-    def update(
-        self,
-        x: Float[Tensor, "n d"],
-        x_hat: Float[Tensor, "n d"],
-        documents: Int[Tensor, " n"],
-    ) -> None:
-        """Take in rows and their reconstructions."""
-        for part, hat in zip(x.split(_BLOCK), x_hat.split(_BLOCK), strict=True):
-            part, hat = part.to("cpu", torch.float64), hat.to("cpu", torch.float64)
-            error, spread = (part - hat).square().sum(1), (part - self.centre).square().sum(1)
-            self._errors.append(torch.where(error == 0, 0, error / spread))
-        self._documents.append(documents.to("cpu"))
-
-    def rows(self) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
-        """Return every row's error and document number, in the order they came."""
-        return torch.cat(self._errors), torch.cat(self._documents)
-
-    def compute(self) -> float:
-        """Return the median: the least value with at least half of the rows at or below it."""
-        return float(torch.cat(self._errors).median())
 
 
 def _once(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> dict[str, float]:
@@ -154,6 +136,6 @@ def median_normalised_error(
     x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"], centre: Float[Tensor, " d"]
 ) -> float:
     """Return the median over rows of ‖x−x̂‖² / ‖x−centre‖²."""
-    metric = MedianError(centre)
-    metric.update(x, x_hat, torch.zeros(len(x), dtype=torch.int64))
-    return metric.compute()
+    metrics = Reconstruction(centre)
+    metrics.update(x, x_hat, torch.zeros(len(x), dtype=torch.int64))
+    return metrics.median()

@@ -32,8 +32,8 @@ GRAM_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 26
 """Working memory for the scores of one chunk of rows."""
 BLOCK_SCORES = 1 << 15
-"""Scores pursued at once by one CPU thread: they stay in its cache from step to step, and torch does
-not split operations on so few numbers over threads, which would wait for each other at every step."""
+"""Scores pursued at once by one CPU thread: they stay in its cache from step to step, and torch
+does not split so few numbers over threads, which would wait for each other at every step."""
 NOISE = 16
 """A row stops when its best score is below this many rounding errors of its own norm."""
 

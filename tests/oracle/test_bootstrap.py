@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saelab import stats
-from saelab.metrics.reconstruction import MedianError, Reconstruction
+from saelab.metrics.reconstruction import Reconstruction
 
 
 def mean(t: torch.Tensor) -> torch.Tensor:
@@ -112,9 +112,9 @@ def test_one_document_or_undefined_resamples_have_no_error():
 
 
 def test_the_median_error_of_a_row_is_relative_to_the_centre():
-    metric = MedianError(torch.zeros(1))
+    metric = Reconstruction(torch.zeros(1))
     metric.update(torch.tensor([[1.0], [2.0], [4.0]]), torch.zeros(3, 1), torch.arange(3))
-    assert metric.rows()[0].tolist() == [1, 1, 1]
+    assert metric.errors()[0].tolist() == [1, 1, 1]
 
 
 @settings(max_examples=20)

@@ -13,7 +13,7 @@ from saelab.evals.controls import PcaArm, PcaErrors, RandomAtomsArm, fit_pca, fi
 from saelab.evals.core import CoreConfig, CoreEvaluator
 from saelab.evals.downstream import RandomError, ablate_to, measure_splices
 from saelab.evals.encoders import PursuitEncoder, decode
-from saelab.evals.sample import sample_rows, sample_windows, units
+from saelab.evals.sample import sample_rows, sample_windows, thinned, units
 from saelab.metrics.reconstruction import fvu
 from saelab.models.toy import ToyModel
 from saelab.types import Window
@@ -285,3 +285,17 @@ def test_what_does_not_belong_together_is_refused(model, store):
         list(CoreEvaluator(QUICK)(dictionary, tiny, None))
     with pytest.raises(ConfigError, match="say which"):
         list(CoreEvaluator(QUICK)(dictionary, two, None))
+
+
+def test_thinning_a_stream_takes_the_same_even_share_whatever_the_batches(store):
+    def thin(batch: int) -> list[int]:
+        seen, rows = 0, []
+        for part in store.scan(SITE, batch=batch, split="train"):
+            rows += thinned(part, 0.3, seen).rows.tolist()
+            seen += len(part)
+        return rows
+
+    assert thin(7) == thin(100)
+    assert len(thin(7)) == int(0.3 * store.n_kept(SITE, "train"))
+    batch = next(store.scan(SITE, batch=50))
+    assert torch.equal(thinned(batch, 1.0, 13).rows, batch.rows)
