@@ -20,6 +20,9 @@ slow: $(VENV)/ready
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p build/links
+	@ln -sfn ../../app build/links/saelab_app
+	@ln -sfn ../../experiments build/links/saelab_experiments
 	$(BIN)/basedpyright --level error --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 

@@ -27,6 +27,7 @@ from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.progress import Bar
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
+from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
 from saelab.train.fit import Fitted, Member, TrainConfig
 from saelab.train.fit import fit as fit_members
@@ -86,7 +87,8 @@ def evaluate(
     config: CoreConfig | None = None,
     site: str | None = None,
 ) -> list[ResultRow]:
-    """Score a dictionary with the core evaluator; without a model the downstream rows are left out."""
+    """Score a dictionary with the core evaluator; without a model the downstream rows are left
+    out."""
     return list(
         CoreEvaluator(config, choose_site(activations, site))(dictionary, activations, model)
     )
@@ -135,11 +137,12 @@ def _artifact(path: str | Path, stage: str) -> Path:
 def choose_site(activations: Store, site: str | None) -> str:
     """Return the asked site, or the only one. Raises ConfigError or SiteError otherwise."""
     if site is None:
-        if len(activations.sites) > 1:
+        first, *others = activations.sites
+        if others:
             raise ConfigError(
                 f"the store has the sites {', '.join(activations.sites)}; say which with `site:`"
             )
-        return activations.sites[0]
+        return first
     if site not in activations.sites:
         raise SiteError(f"the store has no site {site!r}; {nearest(site, activations.sites)}")
     return site
@@ -151,7 +154,8 @@ def choose_site(activations: Store, site: str | None) -> str:
 def store_inputs(
     identity: models.ModelIdentity, corpus: CorpusConfig, settings: HarvestConfig
 ) -> dict[str, Any]:
-    """Return the fields that change a store's bytes: resolved dtypes, checksums, no speed settings."""
+    """Return the fields that change a store's bytes: resolved dtypes, checksums, no speed
+    settings."""
     dtype = getattr(torch, identity.dtype)
     return {
         "model": identity.fingerprint,
@@ -187,17 +191,29 @@ def make_synthetic_store(draft: Draft, config: SyntheticConfig) -> dict[str, Any
     return fill_synthetic(draft, config)
 
 
+def store_from_arrays(
+    sites: Mapping[str, Path], out: Path, *, name: str = "arrays", **options: Any
+) -> Path:
+    """Make a store from `.npy` files, one per site, and return its folder.
+
+    Options: documents, masked, holdout, dtype, window; see `store.arrays.ArraysConfig`.
+    """
+    config = ArraysConfig.parse({"sites": dict(sites), **options})
+    return from_arrays(config, out, name)
+
+
 def shared_stores() -> Path:
     """Return the folder in the cache that holds the stores."""
     return assets.cache_dir() / "artifacts"
 
 
 def remove_shared_store(key: str) -> Path:
-    """Remove the one shared store whose key starts so. Raises ArtifactError if none or several do."""
+    """Remove the one shared store whose key starts so. Raises ArtifactError if none or several
+    do."""
     found = [p for p, m in artifacts.find_all(shared_stores(), "store") if m.key.startswith(key)]
     if len(found) != 1:
         raise ArtifactError(
-            f"{len(found)} stores have a key that starts with {key!r}; `saelab cache list` shows them"
+            f"{len(found)} stores have a key that starts with {key!r}; see `saelab cache list`"
         )
     shutil.rmtree(found[0])
     return found[0]
@@ -252,7 +268,8 @@ def _member(spec: MemberSpec, device: torch.device) -> Member:
 
 
 def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of the evaluation goes into a results key: each evaluator's version and settings."""
+    """Return what of the evaluation goes into a results key: each evaluator's version and
+    settings."""
     versions = {"core": CoreEvaluator.version}
     return {
         "evals": {

@@ -282,15 +282,19 @@ def store_from_npy(
     name: Annotated[str, typer.Option(help="What to call the store.")] = "arrays",
     site: Annotated[str, typer.Option(help="What to call the site.")] = "x",
     documents: Annotated[
-        Path | None, typer.Option(help="An .npy of document numbers, one per row.")
+        Path | None, typer.Option(help="An .npy of document ids, one per row.")
+    ] = None,
+    masked: Annotated[
+        Path | None, typer.Option(help="An .npy, not zero for rows to leave out.")
     ] = None,
     holdout: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.1,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
 ) -> None:
     """Make a store from your own array, without any language model."""
     from saelab import api
 
     path = api.store_from_arrays(
-        {site: array}, out, name=name, documents=documents, holdout=holdout, dtype=dtype
-    )
+        {site: array}, out, name=name,
+        documents=documents, masked=masked, holdout=holdout, dtype=dtype,
+    )  # fmt: skip
     console.print(str(path))

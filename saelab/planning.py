@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -18,10 +18,10 @@ from saelab import api, assets, dictionaries
 from saelab.errors import ResourceError
 from saelab.ops.pursuit import pursue
 from saelab.pipeline import Member, Run, RunConfig, check_space
-from saelab.protocols import Dictionary, LanguageModel, SiteStats
+from saelab.protocols import Dictionary, LanguageModel, SiteStats, Store
 from saelab.report import human_bytes
 from saelab.train.fit import Member as TrainMember
-from saelab.train.fit import TrainConfig, fit
+from saelab.train.fit import fit
 from saelab.types import Batch
 
 _PROBE_STEPS = 4
@@ -80,7 +80,8 @@ def _store_cost(run: Run) -> Cost:
     tokens, context = config.corpus.tokens, config.corpus.context
     windows = max(1, config.harvest.batch_tokens // context)
     probe = _tokens(run.model, windows, context)
-    seconds = _seconds(lambda: run.model.capture(probe, list(config.harvest.sites)))
+    sites = list(config.harvest.sites)
+    seconds = _seconds(lambda: run.model.capture(probe, sites))
     rate = probe.numel() / seconds
     disk = api.store_bytes(run.model, config.corpus, config.harvest)
     shard = 2 * disk / tokens * config.harvest.rows_per_shard
@@ -95,8 +96,8 @@ def _widths(run: Run) -> dict[str, int]:
         return {site: opened.width(site) for site in opened.sites}
     if config.synthetic is not None:
         return {"synthetic": config.synthetic.d}
-    assert config.harvest
-    return {site: run.model.site(site).width for site in config.harvest.sites}
+    sites = config.harvest.sites if config.harvest else ()
+    return {site: run.model.site(site).width for site in sites}
 
 
 def _create(member: Member, width: int) -> Any:
@@ -109,7 +110,7 @@ def _train_cost(run: Run, name: str, member: Member, dictionary: Any) -> Cost:
     rows = _RandomRows(dictionary.d_in)
     short = train.model_copy(update={"tokens": _PROBE_STEPS * train.batch, "wandb": None})
     trained = TrainMember("probe", dictionary.to(run.device), rows.sites[0], lr=member.lr)
-    done = fit([trained], rows, TrainConfig.parse(short.plain()))[0]
+    done = fit([trained], cast(Store, rows), short)[0]
     per_step = done.provenance["train_seconds"] / _PROBE_STEPS
     weights = 4 * sum(p.numel() for p in dictionary.parameters())
     memory = 5 * weights + 3 * 4 * train.batch * dictionary.d_sae

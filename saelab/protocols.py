@@ -28,15 +28,29 @@ Edit = Callable[[Float[Tensor, "batch pos d"]], Float[Tensor, "batch pos d"]]
 class Dictionary(Protocol):
     """Directions, and a way to write an activation as a sparse sum of them."""
 
-    config: Any
     d_in: int
     d_out: int
     d_sae: int
-    l0_bound: int | None
-    """Largest number of non-zero latents per row, where the method guarantees one."""
-    W_dec: Float[Tensor, "d_sae d_out"]
-    """Row i is the decoder direction of latent i, always."""
-    b_dec: Float[Tensor, " d_out"]
+
+    @property
+    def config(self) -> Any:
+        """The frozen configuration; `plain()` gives JSON-ready data."""
+        ...
+
+    @property
+    def l0_bound(self) -> int | None:
+        """Largest number of non-zero latents per row, where the method guarantees one."""
+        ...
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:
+        """Row i is the decoder direction of latent i, always."""
+        ...
+
+    @property
+    def b_dec(self) -> Float[Tensor, " d_out"]:
+        """What `decode` adds."""
+        ...
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the code of each row; row-wise, for any leading axes."""
@@ -86,7 +100,11 @@ class Store(Protocol):
     mask leaves out.
     """
 
-    path: Path | None
+    @property
+    def path(self) -> Path | None:
+        """The store's folder; None for one that lives in memory."""
+        ...
+
     content_hash: str
     """Hash of the stored bytes: the lineage of everything derived from it."""
     model_name: str | None

@@ -43,7 +43,8 @@ def pretty(value: float, error: float | None = None) -> str:
 
 
 def scorecard(results: Path) -> Group:
-    """Return one results artifact as two tables: arms by leading metrics, and the dictionary's rest."""
+    """Return one results artifact as two tables: arms by leading metrics, and the dictionary's
+    rest."""
     rows, manifest = read_rows(results), artifacts.read_manifest(results)
     cells = {(row["name"], row["arm"]): row for row in rows}
     names = {row["name"] for row in rows}
