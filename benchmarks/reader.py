@@ -1,7 +1,7 @@
 """Speed and mixing of shuffled reading, from a warm cache.
 
-    python benchmarks/reader.py                    a synthetic store of 400k × 576 fp16, 530 documents
-    python benchmarks/reader.py --store PATH       a finished store
+python benchmarks/reader.py                    a synthetic store of 400k × 576 fp16, 530 documents
+python benchmarks/reader.py --store PATH       a finished store
 """
 
 import argparse
