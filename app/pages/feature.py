@@ -94,7 +94,7 @@ def _toggle() -> None:
 
 
 def _results(features: Features, words: str) -> None:
-    hits = features.search(words, limit=24)
+    hits = features.search(words, limit=12)
     with st.container(border=True):
         if not hits:
             st.html(pieces.note("No latent fires on it, promotes it or has it near."))

@@ -63,10 +63,10 @@ def show() -> None:
 def _box() -> str:
     """Draw the box; return the text to read: the one in the URL, until another is sent."""
     current = state.chosen("text", "")
+    # set through the session, not by `value`: a changed `value` would make it another box
+    st.session_state.setdefault("text box", current or START)
     with st.form("text", border=False):
-        written = st.text_area(
-            "Text", value=current or START, height=92, placeholder="Type a sentence"
-        )  # fmt: skip
+        written = st.text_area("Text", height=92, placeholder="Type a sentence", key="text box")
         sent = st.form_submit_button("Read it", type="primary", icon=":material/play_arrow:")
     if sent:
         state.choose("text", written)

@@ -242,12 +242,13 @@ class Features:
 
         Latents whose activation is carried by exactly this token come first, by share. A quoted
         text keeps its spaces (`" not"`); else the word is looked for with and without one in front.
-        Then the full text follows, where words may be prefixes.
+        Then the full text follows, where words may be prefixes. `limit` holds for each way in which
+        a latent can be found; one that is found in two ways is returned twice.
         """
-        hits = {hit.stats.id: hit for hit in self._exact(text, limit)}
-        for hit in self._full_text(text, limit):
-            hits.setdefault(hit.stats.id, hit)
-        return list(hits.values())[:limit]
+        hits: dict[tuple[str, int], Hit] = {}
+        for hit in self._exact(text, limit) + self._full_text(text, limit):
+            hits.setdefault((hit.where, hit.stats.id), hit)
+        return list(hits.values())
 
     def _exact(self, text: str, limit: int) -> list[Hit]:
         quoted = re.fullmatch(r'\s*"(.+)"\s*', text, flags=re.DOTALL)
