@@ -1,0 +1,1 @@
+"""The shipped configurations: `saelab run quickstart/demo`."""

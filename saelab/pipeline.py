@@ -136,7 +136,7 @@ class _MemberTraining(Config):
     """The keys of a member that are not its type's own."""
 
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; by default the rule of the training page."""
+    """Peak learning rate; by default 2e-3 · √(4608 / d_sae)."""
     seed: int = Field(default=0, ge=0)
     """Initialisation and sampling."""
     site: str | None = None

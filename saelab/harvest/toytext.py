@@ -1,6 +1,7 @@
 """A corpus without a download: seeded sentences of a tiny grammar, for first steps and tests.
 
-Each document has a topic (its label) that decides most of its words, so that there is something to find.
+Each document has a topic (its label) that decides most of its words, so that there is something to
+find.
 """
 
 import random
