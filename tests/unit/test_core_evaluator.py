@@ -12,10 +12,11 @@ from saelab.errors import ArtifactError, ConfigError, CorpusError
 from saelab.evals.controls import PcaArm, PcaErrors, RandomAtomsArm, fit_pca, fit_token_means
 from saelab.evals.core import CoreConfig, CoreEvaluator
 from saelab.evals.downstream import RandomError, ablate_to, measure_splices
-from saelab.evals.encoders import PursuitEncoder, decode
+from saelab.evals.encoders import OwnEncoder, PursuitEncoder, decode
 from saelab.evals.sample import sample_rows, sample_windows, thinned, units
 from saelab.metrics.reconstruction import fvu
 from saelab.models.toy import ToyModel
+from saelab.protocols import Encoder
 from saelab.types import Window
 
 SITE = "blocks.0.hook_resid_post"
@@ -221,6 +222,8 @@ def test_pursuit_codes_decode_with_a_decoder_of_any_norm(store):
         dictionary.W_dec.mul_(torch.linspace(0.5, 2, 24)[:, None])
     scaled = decode(dictionary, PursuitEncoder(dictionary, 4)(batch), batch.x)
     torch.testing.assert_close(scaled, unit, atol=1e-4, rtol=1e-4)
+    assert isinstance(PursuitEncoder(dictionary, 4), Encoder)
+    assert isinstance(OwnEncoder(dictionary), Encoder)
     assert PursuitEncoder(dictionary, 4, sign="nonneg").name == "pursuit(k=4, nonneg)"
     positive = PursuitEncoder(dictionary, 4, sign="nonneg")(batch)
     assert bool((positive.values > 0).all())
