@@ -106,8 +106,9 @@ def _results(features: Features, words: str) -> None:
             with st.container(horizontal=True, gap="small"):
                 for hit in mine[:12]:
                     share = f" · {numbers.percent(hit.share)}" if hit.share else ""
+                    word = _safe(hit.stats.gist.split(" · ")[0])
                     st.button(
-                        f"{hit.stats.id}{share}", key=f"hit {where} {hit.stats.id}",
+                        f"**{hit.stats.id}** {word}{share}", key=f"hit {where} {hit.stats.id}",
                         help=_safe(hit.stats.gist), on_click=_go, args=(hit.stats.id,),
                     )  # fmt: skip
 
