@@ -227,11 +227,10 @@ class MemberSpec:
     """A dictionary to train, as a run describes it."""
 
     name: str
-    config: dict[str, Any]
-    lr: float | None
-    seed: int
-    site: str
-    init: Path | None
+    inputs: dict[str, Any]
+    """The key's fields: the type's configuration as `dictionary`, lr, seed, site."""
+    init: str | None
+    """A finished dictionary to continue from."""
     draft: Draft
 
 
@@ -250,17 +249,18 @@ def train(
 
 
 def _member(spec: MemberSpec, device: torch.device) -> Member:
-    dictionary = dictionaries.create(spec.config)
+    inputs = spec.inputs
+    dictionary = dictionaries.create(inputs["dictionary"])
     if spec.init is not None:
         dictionary = dictionaries.load(_artifact(spec.init, "dictionary"))
-        if dictionary.config.plain() != spec.config:
+        if dictionary.config.plain() != inputs["dictionary"]:
             raise ConfigError(
                 f"{spec.name} continues from {spec.init}, which has another configuration: "
-                f"{dictionary.config.plain()} instead of {spec.config}"
+                f"{dictionary.config.plain()} instead of {inputs['dictionary']}"
             )
     return Member(
-        spec.name, dictionary.to(device), spec.site,
-        lr=spec.lr, seed=spec.seed, draft=spec.draft, initialised=spec.init is not None,
+        spec.name, dictionary.to(device), inputs["site"],
+        lr=inputs["lr"], seed=inputs["seed"], draft=spec.draft, initialised=spec.init is not None,
     )  # fmt: skip
 
 

@@ -249,12 +249,12 @@ class Draft:
     ) -> Manifest:
         """Hash the files, write `run.json` and the manifest, rename the folder; return the
         manifest."""
-        if self.scratch.exists():
-            shutil.rmtree(self.scratch)
         files: dict[str, dict[str, Any]] = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             relative = path.relative_to(self.folder).as_posix()
-            if path.name.startswith(".") or relative in {RUN, MANIFEST}:
+            if self.scratch in path.parents or path.name.startswith("."):
+                continue
+            if relative in {RUN, MANIFEST}:
                 continue
             sha = self._hashes.get(relative) or hash_file(path)
             files[relative] = {"sha256": sha, "size": path.stat().st_size}
@@ -263,8 +263,15 @@ class Draft:
         )
         write_json(self.folder / RUN, self._provenance() | (provenance or {}))
         write_json(self.folder / MANIFEST, {"schema": SCHEMA} | _plain(manifest))
-        rename(self.folder, self.target)
+        self.publish()
         return manifest
+
+    def publish(self) -> None:
+        """Take the last step of `finish`: drop the scratch folder and give the folder its name."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for leftover in self.folder.rglob(".*.tmp"):
+            leftover.unlink()
+        rename(self.folder, self.target)
 
     def _provenance(self) -> dict[str, Any]:
         from importlib.metadata import version
@@ -294,22 +301,24 @@ def open_draft(out: Path, stage: str, name: str, key: str, *, wait: float = 0.0)
     """Lock and open the hidden folder of the artifact with this key; what a crash left is kept in
     it.
 
-    Raises LockedError, saying who holds the lock, if another process writes it for longer than
-    `wait` seconds. Leaving without `finish` keeps the folder, so that the same command can resume
-    from it.
+    A draft whose manifest was written before a crash is complete: it gets its name here, and the
+    caller finds the artifact finished. Raises LockedError, saying who holds the lock, if another
+    process writes it for longer than `wait` seconds. Leaving without `finish` keeps the folder, so
+    that the same command can resume from it.
     """
     target = artifact_path(out, stage, name, key)
     folder = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target, wait):
+        draft = Draft(folder, target, key)
+        if (folder / MANIFEST).exists():
+            draft.publish()
         folder.mkdir(exist_ok=True)
-        yield Draft(folder, target, key)
-
-
-def discard_draft(out: Path, stage: str, name: str, key: str) -> None:
-    """Remove what an unfinished attempt left, for stages that start again rather than resume."""
-    target = artifact_path(out, stage, name, key)
-    shutil.rmtree(target.with_name(f".{target.name}.partial"), ignore_errors=True)
+        try:
+            yield draft
+        finally:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager

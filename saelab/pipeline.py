@@ -339,26 +339,24 @@ class Run:
     def _train(self, works: list[Work], members: list[Member], store: Path) -> list[Path | None]:
         if self.dry:
             return [self._make(work, self.config.out, None) for work in works]
-        reasons = [self._reason(work, self.config.out) for work in works]
         assert self.config.train is not None
+        reasons = [self._reason(work, self.config.out) for work in works]
         with ExitStack() as stack:
             drafts = [stack.enter_context(self._draft(self.config.out, work)) for work in works]
-            specs = [
-                api.MemberSpec(
-                    work.name, work.inputs["dictionary"], member.lr, member.seed,
-                    work.inputs["site"], Path(member.init) if member.init else None, draft,
-                )
+            todo = [
+                (work, api.MemberSpec(work.name, work.inputs, member.init, draft))
                 for work, member, draft in zip(works, members, drafts, strict=True)
-            ]  # fmt: skip
+                if artifacts.find(self.config.out, work.stage, work.name, work.key) is None
+            ]
+            specs = [spec for _, spec in todo]
             outcomes = api.train(specs, store, self.config.train, device=self.device)
-            manifest = artifacts.read_manifest(store)
-            for work, draft, outcome in zip(works, drafts, outcomes, strict=True):
-                facts = outcome.facts | {"model": manifest.facts.get("model")}
-                self._finish(draft, work, facts, outcome.provenance)
-        for work, reason in zip(works, reasons, strict=True):
-            target = artifact_path(self.config.out, work.stage, work.name, work.key)
+            model = artifacts.read_manifest(store).facts.get("model")
+            for (work, spec), outcome in zip(todo, outcomes, strict=True):
+                self._finish(spec.draft, work, outcome.facts | {"model": model}, outcome.provenance)
+        targets = [artifact_path(self.config.out, w.stage, w.name, w.key) for w in works]
+        for work, target, reason in zip(works, targets, reasons, strict=True):
             self._note(work.stage, work.name, target, "made", reason)
-        return [artifact_path(self.config.out, w.stage, w.name, w.key) for w in works]
+        return list(targets)
 
     def _results(self, dictionary: Path, store: Path | None) -> None:
         assert self.config.evaluate is not None and store is not None
