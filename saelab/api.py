@@ -31,7 +31,7 @@ from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
 from saelab.train.fit import Fitted, Member, TrainConfig
 from saelab.train.fit import fit as fit_members
-from saelab.train.progress import TrainProgress
+from saelab.train.progress import describe
 
 # -------------------------------------------------------------------------------------- notebooks
 
@@ -244,8 +244,11 @@ def train(
     """Train the members on one stream and save each into its draft."""
     activations = open_store(path)
     members = [_member(spec, device) for spec in specs]
-    with TrainProgress() as progress:
-        return fit_members(members, activations, settings, report=progress)
+    with Bar("train", settings.steps, "steps") as bar:
+        return fit_members(
+            members, activations, settings,
+            report=lambda info: bar.update(info["step"], describe(info)),
+        )  # fmt: skip
 
 
 def _member(spec: MemberSpec, device: torch.device) -> Member:
@@ -328,7 +331,7 @@ def write_features(
         return build(
             draft, loaded, open_store(path), model, config,
             site=site, meta=meta,
-            report=lambda step, share: bar.update(round(100 * share), step),
+            report=lambda step, share: bar.update(round(100 * share), f"{step}, {share:.0%}"),
         )  # fmt: skip
 
 

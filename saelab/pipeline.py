@@ -481,7 +481,7 @@ class Run:
         return next((d for d in differences if d), "its parent or the stage's version changed")
 
     def _note(self, stage: str, name: str, path: Path, status: Any, reason: str = "") -> None:
-        log.info("%s %s: %s %s", stage, name, status, reason)
+        log.info("%s %s: %s%s", stage, name, status, f" ({reason})" if reason else "")
         self.steps.append(Step(stage, name, path, status, reason))
 
     def _name(self, member: Member) -> str:

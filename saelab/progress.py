@@ -15,12 +15,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """A context manager; `update(done)` moves it. Without a total it only pulses."""
 
-    def __init__(self, title: str, total: int | None, unit: str) -> None:
-        """Prepare a bar that counts to `total` in `unit`s on standard error."""
+    def __init__(
+        self, title: str, total: int | None, unit: str, console: Console | None = None
+    ) -> None:
+        """Prepare a bar that counts to `total` in `unit`s, by default on standard error."""
         self.title = title
         self.total = total
         self.unit = unit
-        self._console = Console(stderr=True)
+        self._console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = self._last = time.monotonic()
@@ -49,13 +51,14 @@ class Bar:
         if self._first is None:
             self._first, self._started = done, now
         rate = (done - self._first) / max(now - self._started, 1e-9)
-        speed = f", {rate:,.0f}/s" if rate else ""
-        text = text or f"{done:,} {self.unit}{speed}"
+        if not text and self.total:
+            speed = f", {rate:,.0f}/s" if rate else ""
+            text = f"{done:,} of {self.total:,} {self.unit}{speed}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
-        elif now - self._last > _SECONDS_BETWEEN_LINES:
+        elif done == self.total or now - self._last > _SECONDS_BETWEEN_LINES:
             self._last = now
-            log.info("%s: %s of %s", self.title, text, f"{self.total:,}" if self.total else "?")
+            log.info("%s: %s", self.title, text)
 
     def note(self, text: str) -> None:
         """Leave a line in the log."""

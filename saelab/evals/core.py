@@ -55,7 +55,7 @@ class CoreConfig(Config):
     """Selection rule of the pursuit that re-encodes the dictionary."""
     refit: Refit = "mp"
     """Coefficients of that pursuit."""
-    windows: NonNegativeInt = 32
+    windows: NonNegativeInt = 64
     """Held-out windows spliced into the model; 0 leaves downstream metrics out."""
     spliced_controls: tuple[Literal["re-encoded", "pca", "random_atoms"], ...] = ("re-encoded",)
     """Controls that are spliced too: each costs a forward pass over the windows."""

@@ -27,6 +27,7 @@ _GROUP_WINDOWS = 4
 _CHUNK_TEXTS = 64
 _CHUNK_CHARACTERS = 1_000_000
 _SHUFFLE_BUFFER = 10_000
+_MANY_CHARACTERS = 8
 
 
 class CorpusConfig(Config):
@@ -125,6 +126,20 @@ def survey(config: CorpusConfig, model: LanguageModel) -> CorpusReport:
     for _ in windows(config, model, report):
         pass
     return report
+
+
+def surely_enough(config: CorpusConfig) -> bool:
+    """Whether there are so many characters that counting tokens beforehand is not worth its time.
+
+    Hardly any text has more than 8 characters per token; where one does, `windows` still raises
+    CorpusError, only later.
+    """
+    characters = 0
+    for document in _documents(config, CorpusReport()):
+        characters += len(document.text)
+        if characters >= _MANY_CHARACTERS * config.tokens:
+            return True
+    return False
 
 
 def windows(

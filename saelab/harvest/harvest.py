@@ -12,7 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from saelab.errors import ArtifactError, CorpusError
-from saelab.harvest.corpus import CorpusConfig, CorpusReport, report_facts, survey, windows
+from saelab.harvest.corpus import (
+    CorpusConfig,
+    CorpusReport,
+    report_facts,
+    surely_enough,
+    survey,
+    windows,
+)
 from saelab.harvest.forward import PREPASS_ROWS, Group, HarvestConfig, Harvester, cursor, groups
 from saelab.protocols import LanguageModel
 from saelab.types import Shard
@@ -71,7 +78,7 @@ def harvest(
     NonFiniteError.
     """
     source = Harvester(model, config)
-    if not corpus.streaming:
+    if not corpus.streaming and not surely_enough(corpus):
         survey(corpus, model)
     state = writer.cursor() or {}
     source.median_norm = state.get("median_norm", {})
