@@ -113,10 +113,11 @@ def index(
     if found is not None:
         return Features(found)
     with artifacts.open_draft(Path(out), "features", name, key) as draft:
-        site = choose_site(activations, site)
-        facts = build(draft, dictionary, activations, model, settings, site=site)
-        draft.finish(stage="features", name=name, inputs=inputs, parents=[], facts=facts)
-        return Features(draft.target)
+        if not draft.is_finished:
+            site = choose_site(activations, site)
+            facts = build(draft, dictionary, activations, model, settings, site=site)
+            draft.finish(stage="features", name=name, inputs=inputs, parents=[], facts=facts)
+    return Features(draft.target)
 
 
 def _weights_hash(dictionary: Dictionary) -> str:

@@ -231,6 +231,11 @@ class Draft:
         self._hashes: dict[str, str] = {}
         self._started = time.time()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the artifact is there already: another process, or a run cut off in `finish`."""
+        return (self.target / MANIFEST).exists()
+
     def write(self, name: str, data: bytes | Iterable[bytes]) -> Path:
         """Write one of the artifact's files atomically and remember its hash."""
         path = self.folder / name
@@ -301,8 +306,8 @@ def open_draft(out: Path, stage: str, name: str, key: str, *, wait: float = 0.0)
     """Lock and open the hidden folder of the artifact with this key; what a crash left is kept in
     it.
 
-    A draft whose manifest was written before a crash is complete: it gets its name here, and the
-    caller finds the artifact finished. Raises LockedError, saying who holds the lock, if another
+    A draft whose manifest was written before a crash is complete: it gets its name here. The caller
+    asks `is_finished` first: a process that it waited for may have made the artifact, too. Raises LockedError, saying who holds the lock, if another
     process writes it for longer than `wait` seconds. Leaving without `finish` keeps the folder, so
     that the same command can resume from it.
     """

@@ -346,7 +346,7 @@ class Run:
             todo = [
                 (work, api.MemberSpec(work.name, work.inputs, member.init, draft))
                 for work, member, draft in zip(works, members, drafts, strict=True)
-                if artifacts.find(self.config.out, work.stage, work.name, work.key) is None
+                if not draft.is_finished
             ]
             specs = [spec for _, spec in todo]
             outcomes = api.train(specs, store, self.config.train, device=self.device)
@@ -455,7 +455,7 @@ class Run:
             self._note(work.stage, work.name, target, "missing", reason)
             return None
         with self._draft(out, work) as draft:
-            if artifacts.find(out, work.stage, work.name, work.key) is None:
+            if not draft.is_finished:
                 self._finish(draft, work, fill(draft), {})
         self._note(work.stage, work.name, target, "made", reason)
         return target

@@ -54,9 +54,10 @@ def from_arrays(config: ArraysConfig, out: Path, name: str) -> Path:
     if found is not None:
         return found
     with artifacts.open_draft(out, fmt.STAGE, name, key) as draft:
-        facts = fill_from_arrays(draft, config)
-        draft.finish(stage=fmt.STAGE, name=name, inputs=inputs, parents=[], facts=facts)
-    return artifacts.artifact_path(out, fmt.STAGE, name, key)
+        if not draft.is_finished:
+            facts = fill_from_arrays(draft, config)
+            draft.finish(stage=fmt.STAGE, name=name, inputs=inputs, parents=[], facts=facts)
+    return draft.target
 
 
 def fill_from_arrays(draft: Draft, config: ArraysConfig) -> dict[str, Any]:

@@ -25,6 +25,8 @@ def fill(out, model, source, *, tokens=700, shard=300, report=None, corpus=None,
         {"sites": SITES, "batch_tokens": 256, "dtype": "float32"} | options
     )
     with artifacts.open_draft(out, "store", "toy", KEY) as draft:
+        if draft.is_finished:
+            return draft.target
         widths = {site: model.site(site).width for site in config.sites}
         with StoreWriter(draft, widths, config.dtype, rows_per_shard=shard) as writer:
             asked = CorpusConfig(source=str(source), **fields)

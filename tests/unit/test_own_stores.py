@@ -100,6 +100,8 @@ def test_arrays_that_do_not_fit_are_named(save, tmp_path):
 
 def plant(out, config):
     with artifacts.open_draft(out, "store", "planted", "9" * 64) as draft:
+        if draft.is_finished:
+            return draft.target
         facts = fill_synthetic(draft, config)
         draft.finish(stage="store", name="planted", inputs={}, parents=[], facts=facts)
     return artifacts.artifact_path(out, "store", "planted", "9" * 64)
