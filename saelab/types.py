@@ -24,6 +24,11 @@ class Mask(IntFlag):
     """The activation holds NaN or infinity."""
 
 
+def is_heldout(sha256: str, holdout: float) -> bool:
+    """Whether the document with this checksum is among the share `holdout` that is held out."""
+    return int(sha256[:8], 16) / 2**32 < holdout
+
+
 @dataclass(frozen=True)
 class SparseLatents:
     """A batch of sparse codes in ragged (CSR) form; no zeros are stored, indices are unique per

@@ -224,16 +224,19 @@ def with_strips(s: Sorted, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Picks:
 def top_tokens(s: Sorted, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (latent, token id, firings, share of Σ|z|) of each latent's `limit` heaviest tokens.
 
-    Sorted by latent, then by falling share; ties go to the smaller id.
+    Sorted by latent, then by falling share; ties go to the smaller id. Rows that are no tokens
+    (id −1) count in Σ|z| only.
     """
-    vocab = int(s.token.max()) + 1 if len(s.token) else 1
-    pairs, inverse, fires = torch.unique(
-        s.block.latent * vocab + s.token, return_inverse=True, return_counts=True
-    )
     strength = s.block.values.abs().double()
-    mass = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, inverse, strength)
     total = torch.zeros(len(s.block.fires), dtype=torch.float64)
     total.index_add_(0, s.block.latent, strength)
+    named = s.token >= 0
+    token = s.token[named]
+    vocab = int(token.max()) + 1 if len(token) else 1
+    pairs, inverse, fires = torch.unique(
+        s.block.latent[named] * vocab + token, return_inverse=True, return_counts=True
+    )
+    mass = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, inverse, strength[named])
     latent = pairs // vocab
     share = mass / total[latent]
     order = share.sort(descending=True, stable=True).indices

@@ -21,7 +21,7 @@ from saelab.config import Config
 from saelab.errors import ConfigError, CorpusError
 from saelab.harvest.sources import Record, Request, SampleBy, checksum, records
 from saelab.protocols import LanguageModel
-from saelab.types import Document, TokenRun
+from saelab.types import Document, TokenRun, is_heldout
 
 _GROUP_WINDOWS = 4
 _CHUNK_TEXTS = 64
@@ -191,7 +191,7 @@ def _documents(config: CorpusConfig, report: CorpusReport) -> Iterator[Document]
             report.duplicates += 1
             continue
         seen.add(sha.digest()[:16])
-        heldout = int(sha.hexdigest()[:8], 16) / 2**32 < config.holdout
+        heldout = is_heldout(sha.hexdigest(), config.holdout)
         yield Document(-1, sha.hexdigest(), heldout, record.text, record.label)
 
 

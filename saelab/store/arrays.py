@@ -15,10 +15,15 @@ from saelab.artifacts import Draft
 from saelab.config import Config
 from saelab.errors import ConfigError, ShapeError
 from saelab.store import format as fmt
-from saelab.store.writer import DEFAULT_ROWS_PER_SHARD, StoreWriter
-from saelab.types import Document, Mask, Shard, TokenTable
+from saelab.store.writer import DEFAULT_ROWS_PER_SHARD, Advice, StoreWriter
+from saelab.types import Document, Mask, Shard, TokenTable, is_heldout
 
 STAGE_VERSION = 1
+_ADVICE = Advice(
+    nonfinite="leave such rows out with --masked, or repair them",
+    overflow="choose --dtype bfloat16 or float32",
+)
+_MEDIAN_ROWS = 4096
 
 
 class ArraysConfig(Config):
@@ -77,11 +82,13 @@ def fill_from_arrays(draft: Draft, config: ArraysConfig) -> dict[str, Any]:
     if dtype == "auto":
         half = all(array.dtype == np.float16 for array in arrays.values())
         dtype = "float16" if half else "float32"
-    with StoreWriter(draft, sites, dtype, rows_per_shard=config.rows_per_shard) as writer:
+    with StoreWriter(
+        draft, sites, dtype, rows_per_shard=config.rows_per_shard, advice=_ADVICE
+    ) as writer:
         for number, shard in enumerate(_shards(config, arrays, documents, masked)):
             if number >= writer.n_shards:
                 writer.append(shard)
-        median = {site: _median_norm(array) for site, array in arrays.items()}
+        median = {site: _median_norm(array, masked) for site, array in arrays.items()}
         facts = {"model": None, "model_fingerprint": None}
         return writer.finish(median_norm=median, facts=facts)
 
@@ -161,8 +168,7 @@ def _floats(rows: np.ndarray) -> np.ndarray:
 def _document(numbers: dict[str, Document], name: str, holdout: float) -> Document:
     if name not in numbers:
         sha = hashlib.sha256(name.encode()).hexdigest()
-        heldout = int(sha[:8], 16) / 2**32 < holdout
-        numbers[name] = Document(len(numbers), sha, heldout, "", name)
+        numbers[name] = Document(len(numbers), sha, is_heldout(sha, holdout), "", name)
     return numbers[name]
 
 
@@ -178,5 +184,11 @@ def _windows(
     return window, run % longest
 
 
-def _median_norm(array: np.ndarray) -> float:
-    return float(np.median(np.linalg.norm(array[:4096].astype(np.float64), axis=1)))
+def _median_norm(array: np.ndarray, masked: np.ndarray | None) -> float:
+    """Return the median of ‖x‖ over the first rows that are kept and finite, 0 if there is none."""
+    rows: Any = slice(_MEDIAN_ROWS)
+    if masked is not None:
+        rows = np.flatnonzero(masked == 0)[:_MEDIAN_ROWS]
+    norms = np.linalg.norm(array[rows].astype(np.float64), axis=1)
+    norms = norms[np.isfinite(norms)]
+    return float(np.median(norms)) if len(norms) else 0.0

@@ -19,7 +19,7 @@ from saelab.config import Config
 from saelab.ops.shuffle import generator
 from saelab.store import format as fmt
 from saelab.store.writer import StoreWriter
-from saelab.types import Document, Shard, TokenTable
+from saelab.types import Document, Shard, TokenTable, is_heldout
 
 TRUTH = "truth.safetensors"
 SITE = "synthetic"
@@ -129,4 +129,4 @@ def _shard(
 
 def _document(config: SyntheticConfig, number: int, text: str) -> Document:
     sha = hashlib.sha256(f"{config.seed}:{number}:{text}".encode()).hexdigest()
-    return Document(number, sha, int(sha[:8], 16) / 2**32 < config.holdout, text)
+    return Document(number, sha, is_heldout(sha, config.holdout), text)

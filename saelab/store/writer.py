@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -30,6 +30,17 @@ _CHUNK = 4096
 DEFAULT_ROWS_PER_SHARD = 32_768
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to do about rows that cannot be kept; by default for rows that come from a model."""
+
+    nonfinite: str = "check the model's dtype (float16 models overflow) or mask these positions"
+    overflow: str = "set harvest.dtype to bfloat16 or float32"
+
+
+_ADVICE = Advice()
+
+
 @final
 class StoreWriter:
     """Appends shards of whole windows to an artifact's draft; use it in a `with` block.
@@ -45,6 +56,7 @@ class StoreWriter:
         dtype: str,
         *,
         rows_per_shard: int = DEFAULT_ROWS_PER_SHARD,
+        advice: Advice = _ADVICE,
     ) -> None:
         """Open the draft for these sites (name → width). Raises ConfigError on an unknown dtype."""
         if dtype not in fmt.DTYPES:
@@ -52,6 +64,7 @@ class StoreWriter:
         self.sites = dict(sites)
         self.dtype = dtype
         self.rows_per_shard = rows_per_shard
+        self._advice = advice
         self._draft = draft
         draft.scratch.mkdir(parents=True, exist_ok=True)
         self.n_shards = 0
@@ -149,7 +162,7 @@ class StoreWriter:
         partial = {}
         for site in self.sites:
             x = shard.x[site].to(fmt.DTYPES[self.dtype])
-            mask, partial[site] = _measure(site, x, shard)
+            mask, partial[site] = _measure(site, x, shard, self._advice)
             tensors |= {site: x, fmt.mask_name(site): mask}
         columns = {
             name: getattr(shard.tokens, name).to(dtype, copy=True)
@@ -173,7 +186,7 @@ def _lines(documents: tuple[Document, ...]) -> bytes:
 
 
 def _measure(
-    site: str, x: Float[Tensor, "n d"], shard: Shard
+    site: str, x: Float[Tensor, "n d"], shard: Shard, advice: Advice
 ) -> tuple[Shaped[Tensor, " n"], dict[str, Any]]:
     """Return the mask with NONFINITE set, and exact sums over the kept training rows."""
     mask = shard.mask[site].clone()
@@ -184,7 +197,7 @@ def _measure(
         part = slice(start, start + _CHUNK)
         wide = x[part].double()
         squares = wide.square().sum(1)
-        _refuse_nonfinite(site, shard, start, squares, mask[part])
+        _refuse_nonfinite(site, shard, start, squares, mask[part], advice)
         chosen = (mask[part] == 0) & train[part]
         total += wide[chosen].sum(0)
         norm += float(squares[chosen].sqrt().sum())
@@ -197,7 +210,12 @@ def _measure(
 
 
 def _refuse_nonfinite(
-    site: str, shard: Shard, start: int, squares: Float[Tensor, " m"], mask: Shaped[Tensor, " m"]
+    site: str,
+    shard: Shard,
+    start: int,
+    squares: Float[Tensor, " m"],
+    mask: Shaped[Tensor, " m"],
+    advice: Advice,
 ) -> None:
     """Mark non-finite rows in `mask`; raise if one of them was to be kept."""
     bad = ~squares.isfinite()
@@ -213,14 +231,13 @@ def _refuse_nonfinite(
         return
     row = start + int((bad & (mask == 0)).nonzero()[0])
     given = shard.x[site][row]
-    what = "NaN or infinity"
-    advice = "check the model's dtype (float16 models overflow) or mask these positions"
+    what, remedy = "NaN or infinity", advice.nonfinite
     if given.isfinite().all():
         what = f"{float(given.abs().max()):.4g}, more than float16 can hold"
-        advice = "set harvest.dtype to bfloat16 or float32"
+        remedy = advice.overflow
     raise NonFiniteError(
         f"site {site!r} holds {what} at position {int(shard.tokens.position[row])} of window "
-        f"{int(shard.tokens.window[row])}, document {int(shard.tokens.document[row])}; {advice}"
+        f"{int(shard.tokens.window[row])}, document {int(shard.tokens.document[row])}; {remedy}"
     )
 
 

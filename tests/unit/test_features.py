@@ -2,6 +2,7 @@
 
 import sqlite3
 
+import numpy as np
 import pytest
 import torch
 from feature_fakes import WORDS, TinyDictionary, TinyModel, TinyStore
@@ -11,6 +12,7 @@ from saelab.errors import ArtifactError, ShapeError
 from saelab.features import events, schema
 from saelab.features.build import IndexConfig, build
 from saelab.features.read import Features
+from saelab.store import ArraysConfig, from_arrays, open_store
 
 CONFIG = IndexConfig(
     top=4, quantiles=3, per_quantile=2, bins=6, logits=3, neighbours=4, tokens=3, batch=16
@@ -257,6 +259,34 @@ def test_an_index_without_a_model_or_heldout_rows_says_so(tmp_path):
     assert page.stats.density is None
     assert page.stats.mean is None
     assert page.tokens[0].text in WORDS
+
+
+def test_rows_that_are_no_tokens_count_in_the_shares_only(tmp_path):
+    store = TinyStore()
+    half = torch.arange(store.n_rows) % 2 == 0
+    plain = Features(make(tmp_path / "plain", store=store)[0])
+    store.ids[half] = -1
+    mixed = Features(make(tmp_path / "mixed", store=store)[0])
+    for latent in range(12):
+        tokens = mixed.latent(latent).tokens
+        assert tokens
+        assert sum(t.share for t in tokens) < 1
+    assert mixed.latent(3).stats.fires == plain.latent(3).stats.fires
+    plain.close(), mixed.close()
+
+
+def test_a_store_of_own_arrays_is_indexed_without_tokens(tmp_path):
+    np.save(tmp_path / "x.npy", TinyStore().x.numpy())
+    config = ArraysConfig(sites={"here": tmp_path / "x.npy"})
+    store = open_store(from_arrays(config, tmp_path, "own"))
+    with artifacts.open_draft(tmp_path, "features", "own", "2" * 64) as draft:
+        build(draft, TinyDictionary(), store, None, CONFIG, site="here")
+        opened = Features(draft.folder)
+    page = opened.latent(3)
+    opened.close()
+    assert page.stats.fires > 0
+    assert page.tokens == []
+    assert page.logits is None
 
 
 def test_a_dictionary_of_another_width_is_refused(tmp_path):

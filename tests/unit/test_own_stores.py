@@ -95,6 +95,32 @@ def test_arrays_that_do_not_fit_are_named(save, tmp_path):
     assert artifacts.find_all(tmp_path) == []
 
 
+def test_masked_rows_may_hold_nan_and_do_not_touch_the_median(save, tmp_path):
+    x, masked = rows(), np.arange(50) < 20
+    x[masked] = np.nan
+    config = ArraysConfig(sites={"mine": save("x", x)}, masked=save("masked", masked))
+    store = open_store(from_arrays(config, tmp_path, "own"))
+    wanted = np.median(np.linalg.norm(x[20:].astype(np.float64), axis=1))
+    assert store.stats("mine").median_norm == pytest.approx(wanted)
+    assert store.n_kept("mine", "all") == 30
+
+
+def test_a_store_whose_rows_are_all_masked_has_no_median(save, tmp_path):
+    x = np.full((10, 3), np.nan, dtype=np.float32)
+    config = ArraysConfig(sites={"mine": save("x", x)}, masked=save("masked", np.ones(10)))
+    store = open_store(from_arrays(config, tmp_path, "own"))
+    assert (store.stats("mine").median_norm, store.n_kept("mine", "all")) == (0.0, 0)
+
+
+def test_rows_that_cannot_be_kept_say_which_option_helps(save, tmp_path):
+    for value, dtype, option in ((np.inf, "auto", "--masked"), (1e6, "float16", "--dtype")):
+        x = rows()
+        x[3, 1] = value
+        config = ArraysConfig(sites={"mine": save("bad", x)}, dtype=dtype)
+        with pytest.raises(NonFiniteError, match=option):
+            from_arrays(config, tmp_path, "own")
+
+
 # ------------------------------------------------------------------------------------------ planted
 
 
