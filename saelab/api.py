@@ -105,16 +105,20 @@ def index(
     site: str | None = None,
 ) -> Features:
     """Build a feature index under `out/features/` and open it."""
-    settings = config or IndexConfig()
-    inputs = {"index": settings.plain(), "store": activations.content_hash, "name": name}
-    inputs["dictionary"] = _weights_hash(dictionary)
+    settings, site = config or IndexConfig(), choose_site(activations, site)
+    inputs = {
+        "index": settings.plain(),
+        "store": activations.content_hash,
+        "site": site,
+        "model": None if model is None else model.fingerprint,
+        "dictionary": _weights_hash(dictionary),
+    }
     key = artifacts.stage_key("features", 0, inputs, [])
     found = artifacts.find(Path(out), "features", name, key)
     if found is not None:
         return Features(found)
     with artifacts.open_draft(Path(out), "features", name, key) as draft:
         if not draft.is_finished:
-            site = choose_site(activations, site)
             facts = build(draft, dictionary, activations, model, settings, site=site)
             draft.finish(stage="features", name=name, inputs=inputs, parents=[], facts=facts)
     return Features(draft.target)
@@ -233,6 +237,14 @@ class MemberSpec:
     init: str | None
     """A finished dictionary to continue from."""
     draft: Draft
+
+
+def training_bytes(config: dict[str, Any], settings: TrainConfig) -> int:
+    """Return about how much memory training a member takes; nothing is allocated."""
+    with torch.device("meta"):
+        dictionary = dictionaries.create(config)
+    weights = 4 * sum(p.numel() for p in dictionary.parameters())
+    return 5 * weights + 3 * 4 * settings.batch * dictionary.d_sae
 
 
 def train(

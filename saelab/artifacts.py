@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from saelab.config import canonical_json, digest
-from saelab.errors import ArtifactError, LockedError
+from saelab.errors import ArtifactError, Interrupted, LockedError, SaelabError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -306,10 +306,11 @@ def open_draft(out: Path, stage: str, name: str, key: str, *, wait: float = 0.0)
     """Lock and open the hidden folder of the artifact with this key; what a crash left is kept in
     it.
 
-    A draft whose manifest was written before a crash is complete: it gets its name here. The caller
-    asks `is_finished` first: a process that it waited for may have made the artifact, too. Raises LockedError, saying who holds the lock, if another
-    process writes it for longer than `wait` seconds. Leaving without `finish` keeps the folder, so
-    that the same command can resume from it.
+    A draft whose manifest was written before a crash is complete: it gets its name here. The
+    caller asks `is_finished` first: a process that it waited for may have made the artifact, too.
+    Leaving without `finish` keeps the folder, so that the same command can resume from it; an
+    error that the same command would only meet again removes it. Raises LockedError, saying who
+    holds the lock, if another process writes the artifact for longer than `wait` seconds.
     """
     target = artifact_path(out, stage, name, key)
     folder = target.with_name(f".{target.name}.partial")
@@ -321,9 +322,14 @@ def open_draft(out: Path, stage: str, name: str, key: str, *, wait: float = 0.0)
         folder.mkdir(exist_ok=True)
         try:
             yield draft
+        except Interrupted:
+            raise
+        except SaelabError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+            if not any(path.is_file() for path in folder.rglob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

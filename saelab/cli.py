@@ -3,8 +3,9 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import click
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -42,21 +43,45 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("saelab").setLevel(logging.INFO)
     try:
-        app()
+        app(standalone_mode=False)
     except SaelabError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error:[/] {_escape(str(error))}"
-        )
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. Run the same command to go on.")
-        sys.exit(130)
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or ''}: {error.strerror or error}", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; run the same command to go on", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {_escape(message)}")
+    sys.exit(code)
 
 
 def _escape(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from saelab import __version__
+
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 # ----------------------------------------------------------------------------------------- stages
@@ -192,6 +217,7 @@ def write_report(
         raise SaelabError(f"{directory} holds no results; `saelab evaluate CONFIG` makes some")
     if output is not None:
         text = "\n".join(report.markdown(path) for path in results)
+        output.parent.mkdir(parents=True, exist_ok=True)
         artifacts.write_file(output, text.encode())
         console.print(f"wrote {output}")
         return
@@ -255,8 +281,12 @@ def assets_verify() -> None:
     """Compare every cached asset with its pinned checksum."""
     from saelab import assets
 
-    for asset, state in assets.verify():
-        console.print(f"{asset.name}: {state}")
+    states = [(asset.name, state) for asset, state in assets.verify()]
+    for name, state in states:
+        console.print(f"{name}: {state}")
+    altered = [name for name, state in states if state == "altered"]
+    if altered:
+        raise SaelabError(f"altered: {', '.join(altered)}; `saelab assets fetch NAME` mends it")
 
 
 @cache_app.command("list")

@@ -156,8 +156,9 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
             lines.append(f"{where}: this key is required")
         else:
             came = "" if isinstance(item["input"], dict) else f", but {item['input']!r} came"
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message[:1].lower()}{message[1:]}{came}")
+            message = item["msg"].removeprefix("Value error, ").replace("tuple", "list")
+            prefix = f"{where}: " if where else ""
+            lines.append(f"{prefix}{message[:1].lower()}{message[1:]}{came}")
     return "\n".join(lines)
 
 

@@ -8,28 +8,23 @@ Nothing is overwritten: an edited config adds siblings.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
-from pydantic import Field, model_validator
 
 from saelab import api, artifacts, assets
 from saelab.artifacts import Draft, Parent, artifact_path, stage_key
-from saelab.config import Config, first_difference, load_yaml
+from saelab.config import first_difference
 from saelab.dictionaries import config_class
-from saelab.errors import ArtifactError, ConfigError, LockedError, ResourceError
-from saelab.evals.core import CoreConfig
-from saelab.features.build import IndexConfig
-from saelab.harvest.corpus import CorpusConfig
-from saelab.harvest.harvest import HarvestConfig
+from saelab.errors import ArtifactError, ConfigError, ResourceError
 from saelab.models import ModelIdentity, identify, resolve_device
-from saelab.store.synthetic import SyntheticConfig
-from saelab.train.fit import TrainConfig
+from saelab.run_config import Member, RunConfig, load_config
 
 log = logging.getLogger(__name__)
 
@@ -38,113 +33,9 @@ STAGE_VERSION = {"store": 1, "dictionary": 1, "results": 1, "features": 1}
 
 STAGES = ("harvest", "train", "evaluate", "index")
 Stage = Literal["harvest", "train", "evaluate", "index"]
-
-_MEMBER_KEYS = ("type", "lr", "seed", "site", "init", "name")
-
-
-class ModelConfig(Config):
-    """Which language model to read."""
-
-    source: str
-    """A named asset, `hub:org/name`, a local folder, a GGUF file, or `toy`."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute dtype; `auto` takes bfloat16 where a short probe shows that it is faster."""
-
-
-class EvaluateConfig(Config):
-    """Which evaluators score each dictionary."""
-
-    evals: list[Literal["core"]] = ["core"]
-    """Evaluators by name."""
-    core: CoreConfig = CoreConfig()
-    """Settings of the core evaluator."""
-
-
-class RunConfig(Config):
-    """A whole run. Give `model`, `corpus` and `harvest`, or a finished `store`, or `synthetic`."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the run; artifacts are called after it."""
-    model: ModelConfig | None = None
-    """The language model."""
-    corpus: CorpusConfig | None = None
-    """The text."""
-    harvest: HarvestConfig | None = None
-    """Which activations to keep."""
-    store: Path | None = None
-    """A finished store to use instead of corpus and harvest."""
-    synthetic: SyntheticConfig | None = None
-    """A planted dictionary's store instead of corpus and harvest."""
-    dictionaries: list[dict[str, Any]] = []
-    """Members: type, its fields, and lr, seed, site, init, name."""
-    train: TrainConfig | None = None
-    """Settings shared by all members."""
-    evaluate: EvaluateConfig | None = None
-    """Scores; left out: no evaluation."""
-    index: IndexConfig | None = None
-    """Feature index; left out: no index."""
-    out: Path
-    """Folder that receives the artifacts."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads; by default as many as there are cores."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "RunConfig":
-        sources = [self.store is not None, self.synthetic is not None, self.corpus is not None]
-        if sum(sources) != 1:
-            raise ValueError("give exactly one of corpus, store and synthetic")
-        if self.corpus is not None and (self.model is None or self.harvest is None):
-            raise ValueError("a corpus needs model and harvest beside it")
-        if self.dictionaries and self.train is None:
-            raise ValueError("dictionaries need a train section (batch, tokens)")
-        return self
-
-
-@dataclass(frozen=True)
-class Member:
-    """One entry of `dictionaries:`, split into the type's own fields and those of its training."""
-
-    name: str
-    fields: dict[str, Any]
-    lr: float | None
-    seed: int
-    site: str | None
-    init: str | None
-
-    @staticmethod
-    def parse(entry: dict[str, Any], position: int) -> "Member":
-        """Check an entry's keys and values. Raises ConfigError naming the entry and the nearest
-        key."""
-        where = f"dictionaries.{position}"
-        if "type" not in entry:
-            raise ConfigError(f"{where}.type: this key is required")
-        fields = {k: v for k, v in entry.items() if k not in _MEMBER_KEYS or k == "type"}
-        try:
-            config_class(entry["type"]).parse({"d_in": 2**30, **fields})
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        training = _MemberTraining.parse({k: entry[k] for k in _MEMBER_KEYS[1:] if k in entry})
-        return Member(
-            training.name or "-".join(str(fields[k]) for k in ("type", "d_sae", "k") if k in
-            fields), fields, training.lr, training.seed, training.site, training.init,
-        )  # fmt: skip
-
-
-class _MemberTraining(Config):
-    """The keys of a member that are not its type's own."""
-
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate; by default 2e-3 · √(4608 / d_sae)."""
-    seed: int = Field(default=0, ge=0)
-    """Initialisation and sampling."""
-    site: str | None = None
-    """Which site of the store; may be left out when there is one."""
-    init: str | None = None
-    """A finished dictionary to continue from."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """What to call it; by default type, width and k."""
+Status = Literal["found", "made", "missing"]
+Fill = Callable[[Draft], dict[str, Any]]
+"""Writes an artifact's files into its draft and returns the manifest's facts."""
 
 
 @dataclass(frozen=True)
@@ -169,36 +60,11 @@ class Step:
     stage: str
     name: str
     path: Path
-    status: Literal["found", "made", "missing"]
+    status: Status
     reason: str = ""
     """Which field differs from the closest sibling, or what has to be made first."""
-
-
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's configuration: a YAML path, the name of a shipped one, or plain data."""
-    if isinstance(source, dict):
-        config = RunConfig.parse(source)
-    else:
-        config = RunConfig.parse(load_yaml(_config_path(Path(source)), overrides))
-    for position, entry in enumerate(config.dictionaries):
-        Member.parse(entry, position)
-    return config
-
-
-def _config_path(path: Path) -> Path:
-    if path.exists():
-        return path
-    import saelab_experiments
-
-    shipped = Path(next(iter(saelab_experiments.__path__)))
-    relative = path.relative_to("experiments") if path.parts[:1] == ("experiments",) else path
-    for candidate in (shipped / relative, shipped / f"{relative}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml"))
-    raise ConfigError(
-        f"there is no configuration {path}, neither here nor shipped; shipped: {', '.join(known)}"
-    )
+    member: int | None = None
+    """Position in `dictionaries:`; None for the store."""
 
 
 def run(
@@ -215,6 +81,8 @@ def run(
     """  # fmt: skip
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
+    elif overrides:
+        raise ConfigError("overrides go with a path, a name or plain data, not with a RunConfig")
     return Run(config, wait=wait).execute(until)
 
 
@@ -236,22 +104,49 @@ class Run:
         self.registry = artifacts.Registry(assets.cache_dir() / "registry")
         self.stores = assets.cache_dir() / "artifacts"
         """Stores are large and shared: they live in the cache, and `out` links to them."""
+        self._verified: set[Path] = set()
 
     def execute(self, until: Stage) -> list[Step]:
         """Go through the stages in order."""
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         last = STAGES.index(until)
+        self._check()
         store = self._store()
-        if last < 1 or not self.members:
+        if last < 1:
             return self.steps
-        dictionaries = self._dictionaries(store)
-        for path in dictionaries:
-            if last >= 2 and self.config.evaluate is not None:
-                self._results(path, store)
-            if last >= 3 and self.config.index is not None:
-                self._features(path, store)
+        for number, path in enumerate(self._dictionaries(store)):
+            for stage, wanted, make in (
+                ("results", last >= 2 and self.config.evaluate is not None, self._results),
+                ("features", last >= 3 and self.config.index is not None, self._features),
+            ):
+                if not wanted:
+                    continue
+                if path is None or store is None:
+                    name = self._name(self.members[number])
+                    reason = "its dictionary has to be trained first"
+                    self._note(stage, name, self.config.out / stage, "missing", reason, number)
+                else:
+                    make(path, store, number)
         return self.steps
+
+    def _check(self) -> None:
+        """Find before the first long stage what would stop a later one."""
+        config = self.config
+        for number, member in enumerate(self.members):
+            if member.init is not None:
+                given = artifacts.read_manifest(Path(member.init))
+                if given.stage != "dictionary":
+                    raise ArtifactError(f"{member.init} is a {given.stage}, not a dictionary")
+                wanted, found = member.fields, given.inputs["dictionary"]
+                differing = [k for k, v in wanted.items() if found.get(k) != v]
+                if differing:
+                    raise ConfigError(
+                        f"dictionaries.{number}.init: {member.init} has other values of "
+                        f"{', '.join(differing)}; continue with the configuration it was made with"
+                    )
+        if config.store is not None:
+            self._check_model(config.store)
 
     # ------------------------------------------------------------------------------------- stages
 
@@ -293,29 +188,30 @@ class Run:
         facts = api.make_store(draft, self.model, config.corpus, config.harvest)
         return facts | {"model": config.model.plain() | {"name": self.model.name}}
 
-    def _dictionaries(self, store: Path | None) -> list[Path]:
-        """Train all missing members together, one stream per site; return every member's folder."""
+    def _dictionaries(self, store: Path | None) -> list[Path | None]:
+        """Train all missing members together, one stream per site; return each one's folder."""
         if store is None:
-            for member in self.members:
-                self._note(
-                    "dictionary", self._name(member), self.config.out, "missing", "no store yet"
-                )
-            return []
+            for number, member in enumerate(self.members):
+                name, folder = self._name(member), self.config.out / "dictionary"
+                reason = "its store has to be made first"
+                self._note("dictionary", name, folder, "missing", reason, number)
+            return [None] * len(self.members)
         works = [self._dictionary_work(member, store) for member in self.members]
         paths: list[Path | None] = [self._find(work, self.config.out) for work in works]
-        for work, path in zip(works, paths, strict=True):
+        for number, (work, path) in enumerate(zip(works, paths, strict=True)):
             if path is not None:
-                self._note(work.stage, work.name, path, "found")
+                self._note(work.stage, work.name, path, "found", member=number)
         missing = [i for i, path in enumerate(paths) if path is None]
-        if missing and not self.dry:
-            artifacts.verify(store)
-        sites = sorted({works[i].inputs["site"] for i in missing})
-        for site in sites:
+        if self.dry:
+            for i in missing:
+                self._make(works[i], self.config.out, None, i)
+            return paths
+        for site in sorted({works[i].inputs["site"] for i in missing}):
             group = [i for i in missing if works[i].inputs["site"] == site]
-            made = self._train([works[i] for i in group], [self.members[i] for i in group], store)
+            made = self._train(works, group, store)
             for i, path in zip(group, made, strict=True):
                 paths[i] = path
-        return [path for path in paths if path is not None]
+        return paths
 
     def _dictionary_work(self, member: Member, store: Path) -> Work:
         assert self.config.train is not None
@@ -336,55 +232,63 @@ class Run:
         }
         return Work("dictionary", self._name(member), inputs, parents)
 
-    def _train(self, works: list[Work], members: list[Member], store: Path) -> list[Path | None]:
-        if self.dry:
-            return [self._make(work, self.config.out, None) for work in works]
+    def _train(self, works: list[Work], group: list[int], store: Path) -> list[Path]:
         assert self.config.train is not None
-        reasons = [self._reason(work, self.config.out) for work in works]
+        settings = self.config.train
+        needed = sum(api.training_bytes(works[i].inputs["dictionary"], settings) for i in group)
+        check_memory(needed, f"training {len(group)} dictionaries at once", self.device)
+        self._verify(store)
+        reasons = [self._reason(works[i], self.config.out) for i in group]
         with ExitStack() as stack:
-            drafts = [stack.enter_context(self._draft(self.config.out, work)) for work in works]
+            drafts = [stack.enter_context(self._draft(self.config.out, works[i])) for i in group]
             todo = [
-                (work, api.MemberSpec(work.name, work.inputs, member.init, draft))
-                for work, member, draft in zip(works, members, drafts, strict=True)
+                (works[i], api.MemberSpec(works[i].name, works[i].inputs, init, draft))
+                for i, init, draft in zip(
+                    group, (self.members[i].init for i in group), drafts, strict=True
+                )
                 if not draft.is_finished
             ]
-            specs = [spec for _, spec in todo]
-            outcomes = api.train(specs, store, self.config.train, device=self.device)
+            outcomes = api.train([spec for _, spec in todo], store, settings, device=self.device)
             model = artifacts.read_manifest(store).facts.get("model")
             for (work, spec), outcome in zip(todo, outcomes, strict=True):
                 self._finish(spec.draft, work, outcome.facts | {"model": model}, outcome.provenance)
-        targets = [artifact_path(self.config.out, w.stage, w.name, w.key) for w in works]
-        for work, target, reason in zip(works, targets, reasons, strict=True):
-            self._note(work.stage, work.name, target, "made", reason)
-        return list(targets)
+        for i, draft, reason in zip(group, drafts, reasons, strict=True):
+            self._note("dictionary", works[i].name, draft.target, "made", reason, i)
+        return [draft.target for draft in drafts]
 
-    def _results(self, dictionary: Path, store: Path | None) -> None:
-        assert self.config.evaluate is not None and store is not None
+    def _results(self, dictionary: Path, store: Path, member: int) -> None:
+        assert self.config.evaluate is not None
         evaluate, manifest = self.config.evaluate, artifacts.read_manifest(dictionary)
         inputs = api.evaluation_inputs(evaluate.evals, {"core": evaluate.core})
         inputs["model"] = self._model_fingerprint(store)
         parents = [artifacts.parent_of(dictionary), artifacts.parent_of(store)]
-        work = Work("results", manifest.name, inputs, parents)
 
         def fill(draft: Draft) -> dict[str, Any]:
+            self._verify(store)
             return api.write_results(
                 draft, dictionary, store, self._model_for(store),
                 evals=evaluate.evals, configs={"core": evaluate.core},
             )  # fmt: skip
 
-        self._find_or_make(work, fill)
+        self._find_or_make(Work("results", manifest.name, inputs, parents), fill, member)
 
-    def _features(self, dictionary: Path, store: Path | None) -> None:
-        assert self.config.index is not None and store is not None
+    def _features(self, dictionary: Path, store: Path, member: int) -> None:
+        assert self.config.index is not None
         index, manifest = self.config.index, artifacts.read_manifest(dictionary)
         inputs = {"index": index.plain(), "model": self._model_fingerprint(store)}
         parents = [artifacts.parent_of(dictionary), artifacts.parent_of(store)]
-        work = Work("features", manifest.name, inputs, parents)
 
         def fill(draft: Draft) -> dict[str, Any]:
+            self._verify(store)
             return api.write_features(draft, dictionary, store, self._model_for(store), index)
 
-        self._find_or_make(work, fill)
+        self._find_or_make(Work("features", manifest.name, inputs, parents), fill, member)
+
+    def _verify(self, store: Path) -> None:
+        """Compare a store's files with their hashes, once per run and only if it is read."""
+        if store not in self._verified:
+            artifacts.verify(store)
+            self._verified.add(store)
 
     # ---------------------------------------------------------------------------------- the model
 
@@ -417,12 +321,19 @@ class Run:
         if self.config.model is None:
             source = artifacts.read_manifest(store).facts["model"]
             return api.load_model(source["source"], dtype=source["dtype"], device=self.device)
+        self._check_model(store)
+        return self.model
+
+    def _check_model(self, store: Path) -> None:
+        """Raise ArtifactError if the config names another model than the store came from."""
+        wanted = self._model_fingerprint(store)
+        if wanted is None or self.config.model is None:
+            return
         if self.identity.fingerprint != wanted:
             raise ArtifactError(
                 f"{store} holds activations of another model or dtype than {self.identity.name} "
                 f"({self.identity.dtype}); name the model that the store was harvested from"
             )
-        return self.model
 
     # --------------------------------------------------------------------------- finding and making
 
@@ -441,26 +352,28 @@ class Run:
         artifacts.adopt(elsewhere, target)
         return target
 
-    def _find_or_make(self, work: Work, fill: Any) -> None:
+    def _find_or_make(self, work: Work, fill: Fill, member: int) -> None:
         found = self._find(work, self.config.out)
         if found is not None:
-            self._note(work.stage, work.name, found, "found")
+            self._note(work.stage, work.name, found, "found", member=member)
         else:
-            self._make(work, self.config.out, fill)
+            self._make(work, self.config.out, fill, member)
 
-    def _make(self, work: Work, out: Path, fill: Any) -> Path | None:
+    def _make(
+        self, work: Work, out: Path, fill: Fill | None, member: int | None = None
+    ) -> Path | None:
         reason = self._reason(work, out)
         target = artifact_path(out, work.stage, work.name, work.key)
-        if self.dry:
-            self._note(work.stage, work.name, target, "missing", reason)
+        if self.dry or fill is None:
+            self._note(work.stage, work.name, target, "missing", reason, member)
             return None
         with self._draft(out, work) as draft:
             if not draft.is_finished:
                 self._finish(draft, work, fill(draft), {})
-        self._note(work.stage, work.name, target, "made", reason)
+        self._note(work.stage, work.name, target, "made", reason, member)
         return target
 
-    def _draft(self, out: Path, work: Work) -> Any:
+    def _draft(self, out: Path, work: Work) -> AbstractContextManager[Draft]:
         return artifacts.open_draft(out, work.stage, work.name, work.key, wait=self.wait)
 
     def _finish(
@@ -480,19 +393,38 @@ class Run:
         differences = [first_difference(m.inputs, work.inputs) for m in reversed(siblings)]
         return next((d for d in differences if d), "its parent or the stage's version changed")
 
-    def _note(self, stage: str, name: str, path: Path, status: Any, reason: str = "") -> None:
+    def _note(
+        self,
+        stage: str,
+        name: str,
+        path: Path,
+        status: Status,
+        reason: str = "",
+        member: int | None = None,
+    ) -> None:
         log.info("%s %s: %s%s", stage, name, status, f" ({reason})" if reason else "")
-        self.steps.append(Step(stage, name, path, status, reason))
+        self.steps.append(Step(stage, name, path, status, reason, member))
 
     def _name(self, member: Member) -> str:
         return f"{self.config.name}-{member.name}"
 
     def _check_disk(self) -> None:
-        assert self.config.out is not None
         if self.config.synthetic is None:
             assert self.config.corpus and self.config.harvest
             needed = api.store_bytes(self.model, self.config.corpus, self.config.harvest)
             check_space(self.stores, needed)
+
+
+def check_memory(needed: float, what: str, device: torch.device) -> None:
+    """Raise ResourceError if the device's memory, as a whole, is smaller than `needed` bytes."""
+    total = psutil.virtual_memory().total
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    if needed > 0.9 * total:
+        raise ResourceError(
+            f"{what} needs {needed / 1e9:.1f} GB of memory, but {device.type} has "
+            f"{total / 1e9:.1f} GB; lower d_sae or train.batch, or train fewer at once"
+        )
 
 
 def check_space(folder: Path, needed: int, what: str = "the store") -> None:
@@ -525,4 +457,4 @@ def _slug(source: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in tail)[:40] or "store"
 
 
-__all__ = ["LockedError", "Run", "RunConfig", "Step", "explain", "load_config", "run"]
+__all__ = ["Run", "RunConfig", "Step", "explain", "load_config", "run"]

@@ -2,10 +2,13 @@
 
 import importlib.metadata
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,15 +17,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from saelab import api, assets, dictionaries
-from saelab.errors import ResourceError
+from saelab import api, artifacts, assets, dictionaries
 from saelab.ops.pursuit import pursue
-from saelab.pipeline import Member, Run, RunConfig, check_space
-from saelab.protocols import Dictionary, LanguageModel, SiteStats, Store
+from saelab.pipeline import Run, check_memory, check_space
+from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.report import human_bytes
+from saelab.run_config import Member, RunConfig
+from saelab.store.synthetic import SyntheticConfig
 from saelab.train.fit import Member as TrainMember
 from saelab.train.fit import fit
-from saelab.types import Batch
 
 _PROBE_STEPS = 4
 _SPLICED_ARMS = 7
@@ -47,25 +50,26 @@ def plan(config: RunConfig) -> Group:
     Stages whose artifact exists already cost nothing. Probes run the real model and the real
     trainer for a few steps each.
     """
-    steps = {
-        (step.stage, step.name): step.status for step in Run(config, dry=True).execute("index")
-    }
     run = Run(config, dry=True)
-    costs = []
-    if ("store", "missing") in [(stage, status) for (stage, _), status in steps.items()]:
-        costs.append(_store_cost(run))
+    missing = [step for step in run.execute("index") if step.status == "missing"]
     widths = _widths(run)
-    for member in run.members:
-        name = f"{config.name}-{member.name}"
-        site = member.site or next(iter(widths))
-        dictionary = _create(member, widths[site])
-        if steps.get(("dictionary", name)) != "found":
-            costs.append(_train_cost(run, name, member, dictionary))
-        if config.evaluate is not None and steps.get(("results", name)) != "found":
-            costs.append(_evaluate_cost(run, name, dictionary))
-        if config.index is not None and steps.get(("features", name)) != "found":
-            costs.append(_index_cost(run, name, dictionary))
-    _refuse(run, costs)
+    costs = []
+    for step in missing:
+        if step.member is None:
+            costs.append(_store_cost(run))
+            continue
+        member = run.members[step.member]
+        width = widths[member.site or next(iter(widths))]
+        if step.stage == "dictionary":
+            assert config.train is not None
+            needed = api.training_bytes({**member.fields, "d_in": width}, config.train)
+            check_memory(needed, f"training {step.name}", run.device)
+        dictionary = dictionaries.create({**member.fields, "d_in": width})
+        cost = {"dictionary": _train_cost, "results": _evaluate_cost, "features": _index_cost}
+        costs.append(cost[step.stage](run, step.name, member, dictionary))
+    for cost in costs:
+        check_memory(cost.memory, cost.stage, run.device)
+    check_space(run.config.out, sum(int(cost.disk) for cost in costs), "the run")
     return _table(costs)
 
 
@@ -86,7 +90,7 @@ def _store_cost(run: Run) -> Cost:
     disk = api.store_bytes(run.model, config.corpus, config.harvest)
     shard = 2 * disk / tokens * config.harvest.rows_per_shard
     what = f"{tokens:,} tokens at {rate:,.0f}/s"
-    return Cost("store", what, tokens / rate + 5, disk, shard + _model_bytes(run.model))
+    return Cost("store", what, tokens / rate + 3, disk, shard + _model_bytes(run.model))
 
 
 def _widths(run: Run) -> dict[str, int]:
@@ -100,35 +104,33 @@ def _widths(run: Run) -> dict[str, int]:
     return {site: run.model.site(site).width for site in sites}
 
 
-def _create(member: Member, width: int) -> Any:
-    return dictionaries.create({**member.fields, "d_in": width})
-
-
 def _train_cost(run: Run, name: str, member: Member, dictionary: Any) -> Cost:
     train = run.config.train
     assert train is not None
-    rows = _RandomRows(dictionary.d_in)
     short = train.model_copy(update={"tokens": _PROBE_STEPS * train.batch, "wandb": None})
-    trained = TrainMember("probe", dictionary.to(run.device), rows.sites[0], lr=member.lr)
-    done = fit([trained], cast(Store, rows), short)[0]
+    with _planted_rows(dictionary.d_in, 2 * train.batch) as store:
+        probe = TrainMember("probe", dictionary.to(run.device), store.sites[0], lr=member.lr)
+        done = fit([probe], store, short)[0]
     per_step = done.provenance["train_seconds"] / _PROBE_STEPS
-    weights = 4 * sum(p.numel() for p in dictionary.parameters())
-    memory = 5 * weights + 3 * 4 * train.batch * dictionary.d_sae
+    memory = api.training_bytes(dictionary.config.plain(), train)
+    disk = 20 * sum(p.numel() for p in dictionary.parameters())
     what = f"{train.steps:,} steps of {train.batch:,} at {1000 * per_step:,.0f} ms"
-    return Cost(f"train {name}", what, per_step * train.steps + 5, 5 * weights, memory)
+    return Cost(f"train {name}", what, per_step * train.steps + 3, disk, memory)
 
 
-def _evaluate_cost(run: Run, name: str, dictionary: Dictionary) -> Cost:
+def _evaluate_cost(run: Run, name: str, _member: Member, dictionary: Dictionary) -> Cost:
     assert run.config.evaluate
     core = run.config.evaluate.core
     x = torch.randn(256, dictionary.d_in)
     atoms = torch.nn.functional.normalize(dictionary.W_dec.detach().float(), dim=1)
     k = core.k or dictionary.l0_bound or 32
     pursuit = _seconds(lambda: pursue(x, atoms, k)) / len(x)
-    seconds = 2 * pursuit * core.pursuit_rows + _encode_seconds(dictionary) * core.rows + 5
-    what = f"{core.rows:,} rows"
-    if run.config.corpus is not None and core.windows:
-        context = run.config.corpus.context
+    held = _heldout_rows(run)
+    rows, pursued = min(core.rows, held), min(core.pursuit_rows, held)
+    seconds = 2 * pursuit * pursued + 3 * _encode_seconds(dictionary) * rows + 3
+    what = f"{rows:,} rows"
+    if run.config.model is not None and core.windows:
+        context = run.config.corpus.context if run.config.corpus else 128
         tokens = _tokens(run.model, core.window_batch, context)
         forward = _seconds(lambda: run.model.logits(tokens)) / core.window_batch
         seconds += forward * core.windows * _SPLICED_ARMS
@@ -137,7 +139,7 @@ def _evaluate_cost(run: Run, name: str, dictionary: Dictionary) -> Cost:
     return Cost(f"evaluate {name}", what, seconds, 1e5, memory)
 
 
-def _index_cost(run: Run, name: str, dictionary: Dictionary) -> Cost:
+def _index_cost(run: Run, name: str, _member: Member, dictionary: Dictionary) -> Cost:
     config = run.config
     rows = config.corpus.tokens if config.corpus else 0
     if config.store is not None:
@@ -145,9 +147,19 @@ def _index_cost(run: Run, name: str, dictionary: Dictionary) -> Cost:
     if config.synthetic is not None:
         rows = config.synthetic.n_rows
     firings = rows * (dictionary.l0_bound or 64)
-    seconds = 1.3 * rows * _encode_seconds(dictionary) + firings * 1.5e-6 + 5
+    seconds = 1.3 * rows * _encode_seconds(dictionary) + firings * 1.5e-6 + 3
     disk = 12 * firings + 20_000 * dictionary.d_sae
     return Cost(f"index {name}", f"{rows:,} rows", seconds, disk, 5e8)
+
+
+def _heldout_rows(run: Run) -> int:
+    config = run.config
+    if config.store is not None:
+        opened = api.open_store(config.store)
+        return opened.n_kept(opened.sites[0], "heldout")
+    if config.synthetic is not None:
+        return round(config.synthetic.holdout * config.synthetic.n_rows)
+    return round(config.corpus.holdout * config.corpus.tokens) if config.corpus else 0
 
 
 def _encode_seconds(dictionary: Dictionary) -> float:
@@ -177,19 +189,6 @@ def _model_bytes(model: LanguageModel) -> float:
     return parameters * (2 if model.dtype in (torch.bfloat16, torch.float16) else 4)
 
 
-def _refuse(run: Run, costs: list[Cost]) -> None:
-    """Raise ResourceError for what cannot fit the disk or the memory."""
-    for cost in costs:
-        place = run.stores if cost.stage == "store" else run.config.out
-        check_space(place, int(cost.disk), cost.stage)
-        total = psutil.virtual_memory().total
-        if run.device.type == "cpu" and cost.memory > 0.9 * total:
-            raise ResourceError(
-                f"{cost.stage} needs {human_bytes(cost.memory)} of memory, but this machine has "
-                f"{human_bytes(total)}; lower d_sae or train.batch"
-            )
-
-
 def _table(costs: list[Cost]) -> Group:
     if not costs:
         return Group(Text("Everything is made already."))
@@ -215,29 +214,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class _RandomRows:
-    """Enough of a store for the trainer to be timed on: Gaussian rows."""
-
-    sites = ("probe",)
-
-    def __init__(self, d: int) -> None:
-        self.d = d
-        self._generator = torch.Generator().manual_seed(0)
-
-    def width(self, _site: str) -> int:
-        return self.d
-
-    def n_kept(self, _site: str, _split: str) -> int:
-        return 2048
-
-    def stats(self, _site: str) -> SiteStats:
-        return SiteStats(2048, torch.zeros(self.d).double(), self.d**0.5, self.d, self.d**0.5)
-
-    def batches(self, _site: str, *, batch: int, **_: Any) -> Iterator[Batch]:
-        rows = torch.arange(batch)
-        while True:
-            x = torch.randn(batch, self.d, generator=self._generator)
-            yield Batch(x, x, rows, rows)
+@contextmanager
+def _planted_rows(d: int, n: int) -> Iterator[Store]:
+    """Open a store of `n` planted rows for the trainer to be timed on; it is gone afterwards."""
+    config = SyntheticConfig.parse({"d": d, "n_rows": n, "holdout": 0})
+    with tempfile.TemporaryDirectory() as folder:
+        with artifacts.open_draft(Path(folder), "store", "probe", "0" * 64) as draft:
+            facts = api.make_synthetic_store(draft, config)
+            draft.finish(stage="store", name="probe", inputs={}, parents=[], facts=facts)
+        yield api.open_store(draft.target)
 
 
 # ------------------------------------------------------------------------------------- this machine

@@ -18,6 +18,7 @@ _TITLES = {
     "fvu": "FVU ↓",
     "median_normalised_error": "median error ↓",
     "l0": "L0",
+    "ce": "CE ↓",
     "kl": "KL ↓",
     "delta_ce": "ΔCE ↓",
     "ce_recovered_zero": "CE rec. (zero) ↑",
@@ -36,8 +37,10 @@ def pretty(value: float, error: float | None = None) -> str:
     """Format a number with its standard error, to the error's digits: `0.1782 ± 0.0009`."""
     if not math.isfinite(value):
         return str(value)
-    if error is None or error <= 0 or not math.isfinite(error):
+    if error is None or not math.isfinite(error):
         return f"{value:.4g}"
+    if error == 0:
+        return f"{value:.4g} ± 0"
     digits = min(max(1 - math.floor(math.log10(error)), 0), 8)
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
@@ -50,27 +53,28 @@ def scorecard(results: Path) -> Group:
     names = {row["name"] for row in rows}
     leading = [name for name in _LEADING if name in names]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    table = _table("", *(_TITLES[name] for name in leading))
+    card = table("", *(_TITLES[name] for name in leading))
     for arm in arms:
         style = "bold" if arm == "dictionary" else ""
-        table.add_row(arm, *(_cell(cells.get((name, arm))) for name in leading), style=style)
+        card.add_row(arm, *(_cell(cells.get((name, arm))) for name in leading), style=style)
     rest = [
         row
         for row in rows
         if row["arm"] == "dictionary" and row["name"] not in leading and "[" not in row["name"]
     ]
-    details = _table("of the dictionary", "value", "unit")
+    details = table("of the dictionary", "value", "unit")
     for row in rest:
         details.add_row(row["name"], _cell(row), row["unit"])
     n = next(row["n"] for row in rows if row["name"] == "fvu")
     spliced = next((row["n"] for row in rows if row["name"] == "kl"), None)
     words = f"{n:,} held-out rows" + (f", {spliced:,} spliced positions" if spliced else "")
     note = f"± is one standard error (bootstrap over documents); {words}. See docs/metrics.md."
-    head = Text(f"{manifest.name}  {manifest.facts['site']}", style="bold")
-    return Group(head, Text(), table, Text(), details, Text(), Text(note, style="dim"))
+    head = Text(f"{results.name}  {manifest.facts['site']}", style="bold")
+    return Group(head, Text(), card, Text(), details, Text(), Text(note, style="dim"))
 
 
-def _table(first: str, *columns: str) -> Table:
+def table(first: str, *columns: str) -> Table:
+    """Return an empty table: one left column, the others right."""
     table = Table(
         box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold"
     )
@@ -141,7 +145,9 @@ def _about(manifest: Manifest) -> str:
     if manifest.stage == "store":
         return f"{facts['n_rows']:,} rows of {', '.join(facts['sites'])}"
     if manifest.stage == "dictionary":
-        return f"{facts['type']} {facts['d_sae']} × k {facts.get('k')} on {facts['site']}"
+        k = manifest.inputs["dictionary"].get("k")
+        k = f" × k {k}" if k else ""
+        return f"{facts['type']} {facts['d_sae']}{k} on {facts['site']}"
     if manifest.stage == "results":
         return f"{facts['n_results']} numbers by {', '.join(facts['evals'])}"
     return f"{facts['d_sae']} latents"
@@ -182,7 +188,7 @@ def comparison(first: Path, second: Path) -> Group:
     scores = Table(
         box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold", title="scores"
     )
-    for column in ("metric", first.name, second.name, "difference / its error"):
+    for column in ("metric", first.name, second.name, "difference"):
         scores.add_column(column, justify="left" if column == "metric" else "right")
     rows = [_dictionary_rows(p, m) for p, m in zip((first, second), manifests, strict=True)]
     for name in sorted(rows[0].keys() & rows[1].keys(), key=_order):
@@ -199,7 +205,7 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
     gap = b["value"] - a["value"]
     if not a["standard_error"] or not b["standard_error"]:
         return f"{gap:+.4g}"
-    return f"{gap:+.4g} / {math.hypot(a['standard_error'], b['standard_error']):.2g}"
+    return f"{gap:+.4g} ± {math.hypot(a['standard_error'], b['standard_error']):.2g}"
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The whole line on the toy model: what is made, what is found again, and why."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 import saelab
-from saelab import artifacts, pipeline
+from saelab import artifacts, pipeline, planning
 from saelab.errors import ArtifactError, ConfigError, ResourceError
 
 STAGES = ["store", "dictionary", "results", "features"]
@@ -70,8 +72,9 @@ def test_another_out_device_or_thread_count_re_runs_nothing(made):
 def test_another_k_trains_one_member_on_the_same_store(made):
     root, _ = made
     config = toy(root / "out", dictionaries=[{"type": "topk", "d_sae": 48, "k": 2}])
-    explained = pipeline.explain(pipeline.load_config(config), until="train")
-    assert statuses(explained) == [("store", "found"), ("dictionary", "missing")]
+    explained = pipeline.explain(pipeline.load_config(config))
+    expected = ["found", "missing", "missing", "missing"]
+    assert statuses(explained) == list(zip(STAGES, expected, strict=True))
     steps = pipeline.run(config, until="train")
     assert statuses(steps) == [("store", "found"), ("dictionary", "made")]
 
@@ -128,6 +131,69 @@ def test_a_disk_that_is_too_small_is_said_before_starting(tmp_path, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("changes", [{"evaluate": {"core": {"seed": 5}}}, {"index": {"top": 7}}])
+def test_a_store_that_was_altered_is_named_before_it_is_scored(
+    made, changes, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
+    steps = pipeline.run(toy(tmp_path / "out"), until="train")
+    shard = next(steps[0].path.resolve().glob("shard-*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=shard.name):
+        pipeline.run(toy(tmp_path / "out", **changes))
+
+
+def test_a_plan_costs_what_is_missing_and_nothing_else(made):
+    root, _ = made
+    render = Console(record=True, width=120, file=io.StringIO())
+    seeds = [{"type": "topk", "d_sae": 48, "k": 4, "seed": seed} for seed in (0, 1)]
+    render.print(planning.plan(pipeline.load_config(toy(root / "out", dictionaries=seeds))))
+    text = render.export_text()
+    words = ("store ", "train ", "evaluate ", "index ")
+    assert [text.count(word) for word in words] == [0, 1, 1, 1]
+
+
+def test_a_plan_refuses_what_cannot_fit_before_allocating_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
+    wide = [{"type": "topk", "d_sae": 2_000_000_000, "k": 4}]
+    with pytest.raises(ResourceError, match="GB of memory"):
+        planning.plan(pipeline.load_config(toy(tmp_path / "out", dictionaries=wide)))
+    with pytest.raises(ResourceError, match="GB of memory"):
+        pipeline.run(toy(tmp_path / "out", dictionaries=wide), until="train")
+
+
+def test_overrides_reach_plain_data_too(tmp_path):
+    config = pipeline.load_config(toy(tmp_path), overrides=["dictionaries.0.k=7", "name=other"])
+    assert config.dictionaries[0]["k"] == 7
+    assert config.name == "other"
+
+
+def test_a_dictionary_continues_from_a_finished_one(made):
+    root, steps = made
+    init = str(steps[1].path)
+    member = {"type": "topk", "d_sae": 48, "k": 4, "init": init, "name": "more"}
+    assert statuses(pipeline.run(toy(root / "out", dictionaries=[member]), until="train"))[1] == (
+        "dictionary", "made",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"init: .* other values of d_sae"):
+        pipeline.run(toy(root / "out", dictionaries=[member | {"d_sae": 64}]), until="train")
+
+
+def test_an_index_in_memory_knows_which_model_it_was_made_with(made, tmp_path):
+    _, steps = made
+    dictionary, store = saelab.load(steps[1].path), saelab.open_store(steps[0].path)
+    without = saelab.index(dictionary, store, tmp_path)
+    with_model = saelab.index(dictionary, store, tmp_path, model=saelab.load_model("toy"))
+    assert without.latent(0).logits is None
+    assert with_model.latent(0).logits is not None
+    rows = saelab.evaluate(dictionary, store)
+    assert {row.arm for row in rows} >= {"dictionary", "token_mean"}
+    fitted = saelab.fit({"type": "topk", "d_sae": 16, "k": 2}, store, {"batch": 64, "tokens": 128})
+    assert fitted.d_sae == 16
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -140,6 +206,11 @@ def test_a_disk_that_is_too_small_is_said_before_starting(tmp_path, monkeypatch)
         ({"train": None}, "need a train section"),
         ({"corpus": None}, "exactly one of corpus, store and synthetic"),
         ({"name": "../up"}, "name"),
+        ({"dictionaries": [{"type": "topk", "d_sae": 48, "k": 4}] * 2}, "are the same"),
+        ({"dictionaries": [{"type": "topk", "d_sae": 48, "k": 4, "lr": -1}]}, "dictionaries.0: lr"),
+        ({"dictionaries": [{"type": ["topk"]}]}, "dictionaries.0.type"),
+        ({"dictionaries": [{"type": "topk", "d_sae": 4, "k": 4, "site": "x"}]}, "not harvested"),
+        ({"corpus": {"source": "toy", "tokens": 99, "holdout": 0}}, "needs held-out documents"),
     ],
 )
 def test_bad_configurations_are_one_clear_error(tmp_path, changes, message):
@@ -161,7 +232,8 @@ def test_unknown_names_list_the_nearest_and_leave_nothing(tmp_path, monkeypatch,
     monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(saelab.errors.SaelabError, match=message):
         pipeline.run(toy(tmp_path / "out", **changes), until="harvest")
-    assert not list((tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else True
+    left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in {".lock", ".holder"}]
+    assert [p.name for p in left if p.name != "dtype.json"] == []
 
 
 def test_a_planted_dictionary_goes_through_the_same_line(tmp_path, monkeypatch):
