@@ -402,7 +402,8 @@ class Run:
         reason: str = "",
         member: int | None = None,
     ) -> None:
-        log.info("%s %s: %s%s", stage, name, status, f" ({reason})" if reason else "")
+        if not self.dry:
+            log.info("%s %s: %s%s", stage, name, status, f" ({reason})" if reason else "")
         self.steps.append(Step(stage, name, path, status, reason, member))
 
     def _name(self, member: Member) -> str:
