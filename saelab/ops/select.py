@@ -32,22 +32,34 @@ def topk(pre: Float[Tensor, "n d_sae"], k: int) -> tuple[Int[Tensor, "n k"], Flo
     return column + place.div(k, rounding_mode="floor") * groups, values
 
 
+def abs_topk(
+    pre: Float[Tensor, "n d_sae"], k: int
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Return the k pre-activations of each row that are largest in absolute size, with sign."""
+    indices, _ = topk(pre.abs(), k)
+    return indices, pre.gather(1, indices)
+
+
 @torch.no_grad()
 def linear_topk(
     x: Float[Tensor, "n d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     k: int,
+    *,
+    signed: bool = False,
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """Return `topk(x W_encᵀ + b_enc, k)` without ever holding the whole matrix; no gradient.
 
+    With `signed` it is `abs_topk` that chooses.
     Under autocast the product has its precision; the values come back in that of x.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         W_enc = W_enc.to(torch.get_autocast_dtype(kind))
     chunks = x.split(_CHUNK_ROWS) if kind == "cpu" else [x]
-    parts = [topk(F.linear(part, W_enc).to(x.dtype).add_(b_enc), k) for part in chunks]
+    choose = abs_topk if signed else topk
+    parts = [choose(F.linear(part, W_enc).to(x.dtype).add_(b_enc), k) for part in chunks]
     return torch.cat([indices for indices, _ in parts]), torch.cat([values for _, values in parts])
 
 
