@@ -104,3 +104,40 @@ def test_init_ties_encoder_and_unit_norm_decoder_and_centres_on_the_median():
 def test_k_above_d_sae_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match="k=9 exceeds d_sae=8"):
         create({"type": "topk", "d_in": 4, "d_sae": 8, "k": 9})
+
+
+def test_multi_topk_adds_an_eighth_of_the_error_at_four_times_k():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    config = {"type": "topk", "d_in": 8, "d_sae": 24, "k": 2, "aux_weight": 0}
+    d = create({**config, "multi_weight": 1 / 8})
+    d.init_(x, generator)
+    single, fourfold = create(config), create({**config, "k": 8})
+    for other in (single, fourfold):
+        other.load_state_dict(d.state_dict())
+    nothing = torch.zeros(24).bool()
+    loss, at_k, at_4k = (m.loss(batch_of(x), 0.0, nothing) for m in (d, single, fourfold))
+    torch.testing.assert_close(loss.total, at_k.total + at_4k.total / 8)
+    assert torch.equal(loss.l0, at_k.l0)
+    assert torch.equal(d.encode(x), single.encode(x))
+
+
+def test_multi_topk_never_asks_for_more_than_all_latents():
+    d = identity(2, multi_weight=1.0)
+    assert d.loss(batch_of(torch.ones(2, 3)), 0.0, torch.zeros(3).bool()).total > 0
+
+
+def test_threshold_inference_has_mean_l0_k_and_no_bound_per_row():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=generator) * torch.rand(4000, 1, generator=generator)
+    d = create({"type": "topk", "d_in": 8, "d_sae": 24, "k": 3, "threshold": True})
+    d.init_(x, generator)
+    d.calibrate([batch_of(x[:1000]), batch_of(x[1000:3000])])
+    assert d.l0_bound is None
+    l0 = (d.encode(x[:3000]) != 0).sum(1).float()
+    assert float(l0.mean()) == 3
+    assert l0.max() > 3
+    assert float((d.encode(x[3000:]) != 0).sum(1).float().mean()) == pytest.approx(3, rel=0.05)
+    assert torch.equal(d.encode_sparse(x[:50]).dense(), d.encode(x[:50]))
+    folded = d.folded(10.0)
+    torch.testing.assert_close(folded.encode(x / 10), d.encode(x) / 10, atol=1e-5, rtol=1e-5)
