@@ -4,11 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from saelab.config import Config
+from saelab.dictionaries.abs_topk import AbsTopK
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, read_saved
+from saelab.dictionaries.batch_topk import BatchTopK
+from saelab.dictionaries.feature_choice import FeatureChoice
+from saelab.dictionaries.matryoshka import Matryoshka
+from saelab.dictionaries.mutual_choice import MutualChoice
 from saelab.dictionaries.topk import TopK
 from saelab.errors import ConfigError, nearest
 
 REGISTRY: dict[str, type[BaseDictionary]] = {
+    "abs_topk": AbsTopK,
+    "batch_topk": BatchTopK,
+    "feature_choice": FeatureChoice,
+    "matryoshka": Matryoshka,
+    "mutual_choice": MutualChoice,
     "topk": TopK,
 }
 

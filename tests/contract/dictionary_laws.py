@@ -20,7 +20,7 @@ def some_rows(d_in: int, seed: int = 1, n: int = N) -> Tensor:
 
 
 def ready(name: str, seed: int = 0) -> BaseDictionary:
-    """Return a dictionary as after some training: initialised, every bias moved."""
+    """Return a dictionary as after some training: initialised, biases moved, calibrated."""
     dictionary = dictionaries.create(dictionaries.config_class(name).example())
     generator = torch.Generator().manual_seed(seed)
     if isinstance(dictionary, GradientTrained):
@@ -29,6 +29,8 @@ def ready(name: str, seed: int = 0) -> BaseDictionary:
         for parameter in dictionary.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+    if isinstance(dictionary, GradientTrained):
+        dictionary.calibrate([batch_of(some_rows(dictionary.d_in, 9, 4000))])
     return dictionary
 
 
@@ -107,11 +109,13 @@ def sparse_law(name: str) -> None:
 
 
 def budget_law(name: str) -> None:
-    """No row exceeds l0_bound, where the type has one."""
+    """No row exceeds l0_bound; a type without one but with a k has it as mean on new rows."""
     d = ready(name)
+    l0 = (d.encode(some_rows(d.d_in, n=4000)) != 0).sum(-1)
     if d.l0_bound is not None:
-        l0 = (d.encode(some_rows(d.d_in, n=400)) != 0).sum(-1)
         assert 0 < l0.max() <= d.l0_bound
+    elif hasattr(d.config, "k"):
+        assert float(l0.float().mean()) == pytest.approx(d.config.k, rel=0.05)
 
 
 def shape_law(name: str) -> None:

@@ -1,0 +1,57 @@
+"""Every gradient-trained type of the registry: company and interruption change no bit."""
+
+import pytest
+import torch
+from doubles import ArrayStore, planted_store
+
+from saelab import artifacts, dictionaries
+from saelab.dictionaries import REGISTRY
+from saelab.protocols import GradientTrained
+from saelab.train.fit import Member, TrainConfig, fit
+
+CONFIG = TrainConfig(batch=32, tokens=32 * 12, log_every=1, checkpoint_every=0.2, dead_window=64)
+TRAINED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, GradientTrained))
+
+
+class _Stop(Exception):
+    pass
+
+
+def member(name, seed=0, draft=None):
+    config = dictionaries.config_class(name).example()
+    return Member(name, dictionaries.create(config), "site", 1e-2, seed, draft)
+
+
+@pytest.fixture(scope="module")
+def store() -> ArrayStore:
+    return planted_store(n=300, d=8, latents=12)[0]
+
+
+def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store):
+    sweep = [member(name, seed) for seed, name in enumerate(TRAINED)]
+    for one, fitted in zip(sweep, fit(sweep, store, CONFIG), strict=True):
+        (alone,) = fit([one], store, CONFIG)
+        assert alone.metrics == fitted.metrics
+        theirs = fitted.dictionary.state_dict()
+        assert all(torch.equal(theirs[k], v) for k, v in alone.dictionary.state_dict().items())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(name, store, tmp_path):
+    def files(out, stop_at):
+        def crash(info):
+            if info["step"] == stop_at:
+                raise _Stop
+
+        with artifacts.open_draft(out, "dictionary", "a", "0" * 64) as draft:
+            fit([member(name, draft=draft)], store, CONFIG, report=crash)
+            draft.finish(stage="dictionary", name="a", inputs={}, parents=[])
+        folder = artifacts.artifact_path(out, "dictionary", "a", "0" * 64)
+        names = ("config.json", "weights.safetensors", "metrics.jsonl")
+        return [(folder / file).read_bytes() for file in names]
+
+    expected = files(tmp_path / "whole", None)
+    for stop_at in (5, 9):
+        with pytest.raises(_Stop):
+            files(tmp_path / "torn", stop_at)
+    assert files(tmp_path / "torn", None) == expected
