@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from saelab.dictionaries.linear import LinearConfig, LinearDictionary
-from saelab.ops import allocate
+from saelab.dictionaries.linear import Code, LinearConfig, LinearDictionary
+from saelab.ops import allocate, sparse
 from saelab.protocols import Loss
-from saelab.types import Batch
+from saelab.types import Batch, SparseLatents
 
 MEMORY = 8
 """Densities are averaged over about the last 1/8 of the batches seen: a share of the run so far."""
@@ -48,16 +48,16 @@ class CoupledDictionary(LinearDictionary):
         super().scale_(factor)
         self.threshold.mul_(factor)
 
-    def _select(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    def _select(self, x: Tensor, progress: float) -> Code:
         del progress
         total = int(self.config.k * len(x) + 1e-6)
-        packed = allocate.batch_topk(self._centred(x), self.W_enc, self.b_enc, total)
-        return self._differentiable(x, packed)
+        chosen = allocate.batch_topk(self._centred(x), self.W_enc, self.b_enc, total)
+        return self._differentiable(x, chosen)
 
-    def _differentiable(self, x: Tensor, packed: allocate.Packed) -> tuple[Tensor, Tensor]:
-        """Return (indices, z) of a selection, z = 0 where it kept nothing."""
-        indices, pre, kept = packed
-        return indices, torch.where(kept, self._at(x, indices, pre).relu(), 0)
+    def _differentiable(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
+        """Return z = ReLU(pre) at the chosen entries."""
+        pre = sparse.encode_ragged_at(x, self.b_dec, self.W_enc, self.b_enc, chosen)
+        return replace(pre, values=pre.values.relu())
 
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Set the threshold above which the batches' mean l0 is k."""

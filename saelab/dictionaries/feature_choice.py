@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saelab.dictionaries.coupled import ZipfConfig, ZipfDictionary
+from saelab.dictionaries.linear import Code
 from saelab.ops import allocate
 from saelab.protocols import Loss
 from saelab.types import Batch
@@ -81,14 +82,14 @@ class FeatureChoice(ZipfDictionary):
         quota = wanted.floor()
         return quota.long().clamp(max=n), wanted - quota
 
-    def _select(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    def _select(self, x: Tensor, progress: float) -> Code:
         if progress < self.config.mutual:
             return super()._select(x, progress)
         with torch.no_grad():
-            pre = F.linear(self._centred(x), self.W_enc, self.b_enc)
+            pre = F.linear(self._centred(x), self.W_enc).to(x.dtype) + self.b_enc
             quota, _ = self._quota(len(x))
-            packed = allocate.pack_mask(pre, allocate.fill(pre, quota))
-        return self._differentiable(x, packed)
+            chosen = allocate.ragged(pre, allocate.fill(pre, quota))
+        return self._differentiable(x, chosen)
 
     def _aux(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         if self.config.aux == "auxk":

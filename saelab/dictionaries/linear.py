@@ -22,7 +22,10 @@ from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
 from saelab.ops import allocate, linalg, sparse
 from saelab.ops.auxk import auxk_loss
 from saelab.protocols import GradientTrained, Loss
-from saelab.types import Batch
+from saelab.types import Batch, SparseLatents
+
+Code = tuple[Tensor, Tensor] | SparseLatents
+"""A batch's code in training: (indices, z) of equal width in all rows, or ragged."""
 
 
 class LinearConfig(DictionaryConfig):
@@ -69,11 +72,8 @@ class LinearDictionary(BaseDictionary, GradientTrained):
         self.variance: Tensor
 
     @abstractmethod
-    def _select(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        """Return (indices, z) of the batch in training: as many columns as its fullest row needs.
-
-        Indices are unique per row; entries that were not selected have z = 0 and no gradient.
-        """
+    def _select(self, x: Tensor, progress: float) -> Code:
+        """Return the batch's code in training, differentiable on the selected entries."""
 
     def _centred(self, x: Tensor) -> Tensor:
         return x - self.b_dec.detach()
@@ -117,11 +117,12 @@ class LinearDictionary(BaseDictionary, GradientTrained):
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus AuxK; pure."""
-        indices, z = self._select(batch.x, progress)
-        error, fvu = self._error(batch, indices, z)
+        code = self._select(batch.x, progress)
+        error, fvu = self._error(batch, code)
         aux = fvu.new_zeros(())
         if self.config.aux_weight > 0:
             aux = self._aux(batch.x, error, dead)
+        indices, z = (code.indices, code.values) if isinstance(code, SparseLatents) else code
         fires = z.detach() != 0
         return Loss(
             total=fvu + self.config.aux_weight * aux,
@@ -130,10 +131,16 @@ class LinearDictionary(BaseDictionary, GradientTrained):
             l0=fires.sum() / max(len(batch), 1),
         )
 
-    def _error(self, batch: Batch, indices: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _error(self, batch: Batch, code: Code) -> tuple[Tensor, Tensor]:
         """Return each row's residual, and the batch's loss of reconstruction in units of FVU."""
-        error = batch.y - (sparse.decode_at(indices, z, self.W_dec) + self.b_dec)
+        error = batch.y - (self._sum(code) + self.b_dec)
         return error, self._fvu(error)
+
+    def _sum(self, code: Code) -> Tensor:
+        """Return each row's z W_dec, with gradients that cost only the code's entries."""
+        if isinstance(code, SparseLatents):
+            return sparse.decode_ragged_at(code, self.W_dec)
+        return sparse.decode_at(*code, self.W_dec)
 
     def _fvu(self, error: Tensor) -> Tensor:
         return error.square().sum() / (len(error) * self.variance)

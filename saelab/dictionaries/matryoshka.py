@@ -17,8 +17,9 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from saelab.dictionaries.coupled import CoupledConfig, CoupledDictionary
-from saelab.ops import allocate, sparse
-from saelab.types import Batch
+from saelab.dictionaries.linear import Code
+from saelab.ops import allocate
+from saelab.types import Batch, SparseLatents
 
 
 class MatryoshkaConfig(CoupledConfig):
@@ -63,17 +64,15 @@ class Matryoshka(CoupledDictionary):
     config_class = MatryoshkaConfig
     config: MatryoshkaConfig
 
-    def _error(self, batch: Batch, indices: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _error(self, batch: Batch, code: Code) -> tuple[Tensor, Tensor]:
         """Return the full residual, and the weighted FVU of all prefixes."""
-        x_hat, fvu = torch.zeros_like(batch.y), z.new_zeros(())
+        assert isinstance(code, SparseLatents)
+        x_hat, fvu = torch.zeros_like(batch.y), batch.y.new_zeros(())
         error, start = batch.y, 0
         for end, weight in zip(
             self.config.resolved_prefixes, self.config.resolved_weights, strict=True
         ):
-            inside = (indices >= start) & (indices < end)
-            where, values, kept = allocate.pack(indices, z, inside)
-            values = torch.where(kept, values, 0)
-            x_hat = x_hat + sparse.decode_at(where, values, self.W_dec)
+            x_hat = x_hat + self._sum(allocate.between(code, start, end))
             error = batch.y - (x_hat + self.b_dec)
             fvu = fvu + weight * self._fvu(error)
             start = end

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from saelab.dictionaries.linear import LinearConfig, LinearDictionary
-from saelab.ops import select, sparse
+from saelab.dictionaries.linear import Code, LinearConfig, LinearDictionary
+from saelab.ops import select
 from saelab.types import Batch, SparseLatents
 
 MULTI = 4
@@ -79,16 +79,15 @@ class TopK(LinearDictionary):
         if self.config.threshold:
             self.threshold.mul_(factor)
 
-    def _select(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    def _select(self, x: Tensor, progress: float) -> Code:
         del progress
         return self._code(x, self.config.k)
 
-    def _error(self, batch: Batch, indices: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        error, fvu = super()._error(batch, indices, z)
+    def _error(self, batch: Batch, code: Code) -> tuple[Tensor, Tensor]:
+        error, fvu = super()._error(batch, code)
         if self.config.multi_weight > 0:
-            more, z_more = self._code(batch.x, min(MULTI * self.config.k, self.d_sae))
-            left = batch.y - (sparse.decode_at(more, z_more, self.W_dec) + self.b_dec)
-            fvu = fvu + self.config.multi_weight * self._fvu(left)
+            more = self._code(batch.x, min(MULTI * self.config.k, self.d_sae))
+            fvu = fvu + self.config.multi_weight * super()._error(batch, more)[1]
         return error, fvu
 
     def calibrate(self, batches: Iterable[Batch]) -> None:

@@ -12,14 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.ops import select
+from saelab.types import SparseLatents
 
 _CHUNK_ROWS = 256
 """Rows whose pre-activations are held at once."""
 _CHUNK_LATENTS = 64
 """Columns sorted at once: few, so that columns of like quota come together."""
-
-Packed = tuple[Int[Tensor, "n w"], Float[Tensor, "n w"], Bool[Tensor, "n w"]]
-"""(indices, values, kept): rows of equal width, the entries that count first in each."""
 
 
 @torch.no_grad()
@@ -28,32 +26,53 @@ def batch_topk(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     total: int,
-) -> Packed:
+) -> SparseLatents:
     """Keep the `total` largest entries of the whole table `x W_encᵀ + b_enc`, of any sign.
 
-    Looks only at the largest few of each row, and at more of them as long as some row's candidates
-    are all kept; so the answer is that of sorting the whole table.
+    Looks at the largest few of each row first. Rows whose candidates are all kept are looked at
+    again, whole, so the answer is that of sorting the whole table.
     """
     n, d_sae = len(x), len(W_enc)
     total = min(total, n * d_sae)
     width = min(d_sae, max(16, -(-4 * total // max(n, 1))))
-    while True:
-        indices, pre = select.linear_topk(x, W_enc, b_enc, width)
-        kept = torch.zeros(pre.numel(), dtype=torch.bool, device=pre.device)
-        kept[pre.reshape(-1).topk(total, sorted=False).indices] = True
-        kept = kept.view(pre.shape)
-        if width == d_sae or not bool(kept.all(1).any()):
-            return pack(indices, pre, kept)
-        width = min(2 * width, d_sae)
+    indices, pre = select.linear_topk(x, W_enc, b_enc, width)
+    rows = torch.arange(n, device=x.device)[:, None].expand_as(indices)
+    kept = _largest(pre, total)
+    full = kept.all(1)
+    if width < d_sae and bool(full.any()):
+        # what is certain so far bounds the answer from below
+        floor, again = pre[kept].min(), full.nonzero()[:, 0]
+        whole = F.linear(x[again], W_enc).to(x.dtype) + b_enc
+        row, column = (whole >= floor).nonzero(as_tuple=True)
+        rows = torch.cat([rows[~full].flatten(), again[row]])
+        indices = torch.cat([indices[~full].flatten(), column])
+        pre = torch.cat([pre[~full].flatten(), whole[row, column]])
+        kept = _largest(pre, total)
+    return _ragged(rows[kept], indices[kept], pre[kept], n, d_sae)
 
 
-def pack(
-    indices: Int[Tensor, "n m"], values: Float[Tensor, "n m"], kept: Bool[Tensor, "n m"]
-) -> Packed:
-    """Move each row's kept entries to its front, in order, and cut off what no row needs."""
-    width = max(1, int(kept.sum(1).max())) if len(kept) else 1
-    order = kept.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return indices.gather(1, order), values.gather(1, order), kept.gather(1, order)
+def _largest(values: Tensor, total: int) -> Tensor:
+    """Mark the `total` largest values."""
+    flat = values.reshape(-1)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[flat.topk(total, sorted=False).indices] = True
+    return kept.view(values.shape)
+
+
+def _ragged(rows: Tensor, indices: Tensor, values: Tensor, n: int, d_sae: int) -> SparseLatents:
+    """Return entries as ragged rows; within a row they keep their order."""
+    order = rows.argsort(stable=True)
+    ends = torch.bincount(rows, minlength=n).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
+    return SparseLatents(offsets, indices[order], values[order], d_sae)
+
+
+def between(latents: SparseLatents, start: int, end: int) -> SparseLatents:
+    """Return only the entries of latents start … end − 1, differentiable in their values."""
+    inside = (latents.indices >= start) & (latents.indices < end)
+    counts = torch.bincount(latents.rows()[inside], minlength=latents.n_rows)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseLatents(offsets, latents.indices[inside], latents.values[inside], latents.d_sae)
 
 
 @torch.no_grad()
@@ -85,11 +104,10 @@ def fill(pre: Float[Tensor, "n d_sae"], quota: Int[Tensor, " d_sae"]) -> Bool[Te
 
 
 @torch.no_grad()
-def pack_mask(pre: Float[Tensor, "n d_sae"], mask: Bool[Tensor, "n d_sae"]) -> Packed:
-    """Return the marked, positive entries as rows of equal width, the largest first."""
-    width = max(1, int(mask.sum(1).max())) if len(mask) else 1
-    values, indices = torch.where(mask, pre, 0).topk(width, dim=1)
-    return indices, values, values > 0
+def ragged(pre: Float[Tensor, "n d_sae"], mask: Bool[Tensor, "n d_sae"]) -> SparseLatents:
+    """Return the marked entries as ragged rows."""
+    rows, indices = mask.nonzero(as_tuple=True)
+    return _ragged(rows, indices, pre[rows, indices], *pre.shape)
 
 
 @torch.no_grad()

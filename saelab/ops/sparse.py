@@ -24,6 +24,8 @@ from saelab.types import SparseLatents
 
 _DOT_ROWS = 128
 """Rows gathered at once where there is no `sampled_addmm`: small enough to stay in cache."""
+_DOT_PAIRS = 4096
+"""The same for the entries of ragged codes."""
 
 
 # ----------------------------------------------------------------------- the obvious dense forms
@@ -66,7 +68,7 @@ def encode_at(
     `indices` are unique per row; `values` are trusted and returned. Gradients reach all of x, b_in,
     W_enc and b_enc, and cost k/d_sae of a dense backward pass.
     """
-    return _EncodeAt.apply(x, b_in, W_enc, b_enc, indices, values)  # pyright: ignore[reportReturnType]
+    return _EncodeAt.apply(x, b_in, W_enc, b_enc, indices, values, None)  # pyright: ignore[reportReturnType]
 
 
 def decode_at(
@@ -75,7 +77,27 @@ def decode_at(
     W_dec: Float[Tensor, "d_sae d_out"],
 ) -> Float[Tensor, "n d_out"]:
     """Return Σ_j values[i, j] · W_dec[indices[i, j]]; `indices` are unique per row."""
-    return _DecodeAt.apply(indices, values, W_dec)  # pyright: ignore[reportReturnType]
+    return _DecodeAt.apply(indices, values, W_dec, None)  # pyright: ignore[reportReturnType]
+
+
+def encode_ragged_at(
+    x: Float[Tensor, "n d_in"],
+    b_in: Float[Tensor, " d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    latents: SparseLatents,
+) -> SparseLatents:
+    """Do as `encode_at` for the entries of a ragged table; return them, differentiable."""
+    offsets, indices = latents.row_offsets, latents.indices
+    values = _EncodeAt.apply(x, b_in, W_enc, b_enc, indices, latents.values, offsets)
+    return SparseLatents(offsets, indices, values, latents.d_sae)  # pyright: ignore[reportArgumentType]
+
+
+def decode_ragged_at(
+    latents: SparseLatents, W_dec: Float[Tensor, "d_sae d_out"]
+) -> Float[Tensor, "n d_out"]:
+    """Do as `decode_at` for ragged codes: `decode_ragged` with the backward pass of training."""
+    return _DecodeAt.apply(latents.indices, latents.values, W_dec, latents.row_offsets)  # pyright: ignore[reportReturnType]
 
 
 def decode_ragged(
@@ -104,58 +126,71 @@ class _EncodeAt(torch.autograd.Function):
         b_enc: Tensor,  # noqa: ARG004  (receives a gradient)
         indices: Tensor,
         values: Tensor,
+        offsets: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, b_in, W_enc, indices)
+        ctx.save_for_backward(x, b_in, W_enc, indices, offsets)  # pyright: ignore[reportArgumentType]
         return values.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
-        x, b_in, W_enc, indices = ctx.saved_tensors
+        x, b_in, W_enc, indices, offsets = ctx.saved_tensors
         grad = grad.contiguous()
         flat = indices.reshape(-1)
         per_latent = grad.new_zeros(len(W_enc)).index_add_(0, flat, grad.reshape(-1))
-        grad_x = _bag(indices, W_enc, grad) if ctx.needs_input_grad[0] else None
+        grad_x = _bag(indices, W_enc, grad, offsets) if ctx.needs_input_grad[0] else None
         grad_b_in = -(per_latent @ W_enc) if ctx.needs_input_grad[1] else None
         grad_W = None
         if ctx.needs_input_grad[2]:
-            grad_W = _transposed_product(indices, grad, x, len(W_enc))
+            grad_W = _transposed_product(indices, grad, x, len(W_enc), offsets)
             grad_W.addr_(per_latent, b_in, alpha=-1)
-        return grad_x, grad_b_in, grad_W, per_latent, None, None
+        return grad_x, grad_b_in, grad_W, per_latent, None, None, None
 
 
 class _DecodeAt(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: "torch.autograd.function.FunctionCtx", indices: Tensor, values: Tensor, W_dec: Tensor
+        ctx: "torch.autograd.function.FunctionCtx",
+        indices: Tensor,
+        values: Tensor,
+        W_dec: Tensor,
+        offsets: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(indices, values, W_dec)
-        return _bag(indices, W_dec, values)
+        ctx.save_for_backward(indices, values, W_dec, offsets)  # pyright: ignore[reportArgumentType]
+        return _bag(indices, W_dec, values, offsets)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
-        indices, values, W_dec = ctx.saved_tensors
+        indices, values, W_dec, offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_values = _picked_products(grad, W_dec, indices) if ctx.needs_input_grad[1] else None
-        grad_W = None
+        grad_values = grad_W = None
+        if ctx.needs_input_grad[1]:
+            grad_values = _picked_products(grad, W_dec, indices, offsets)
         if ctx.needs_input_grad[2]:
-            grad_W = _transposed_product(indices, values, grad, len(W_dec))
-        return None, grad_values, grad_W
+            grad_W = _transposed_product(indices, values, grad, len(W_dec), offsets)
+        return None, grad_values, grad_W, None
 
 
-def _bag(indices: Tensor, table: Tensor, weights: Tensor) -> Tensor:
+def _bag(indices: Tensor, table: Tensor, weights: Tensor, offsets: Tensor | None = None) -> Tensor:
     if indices.numel() == 0:
-        return table.new_zeros(len(indices), table.shape[1])
-    return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+        n = len(indices) if offsets is None else len(offsets) - 1
+        return table.new_zeros(n, table.shape[1])
+    if offsets is None:
+        return F.embedding_bag(indices, table, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
 
-def _transposed_product(indices: Tensor, values: Tensor, x: Tensor, d_sae: int) -> Tensor:
+def _transposed_product(
+    indices: Tensor, values: Tensor, x: Tensor, d_sae: int, offsets: Tensor | None = None
+) -> Tensor:
     """Return Zᵀ x for the sparse matrix Z of these codes: per latent, a sum of rows of x."""
     if indices.numel() == 0:
         return x.new_zeros(d_sae, x.shape[1])
     latents, order = indices.reshape(-1).sort(stable=True)
     ends = torch.bincount(latents, minlength=d_sae).cumsum(0)
     return F.embedding_bag(
-        order // indices.shape[1],
+        order // indices.shape[1] if offsets is None else _row_numbers(offsets)[order],
         x,
         torch.cat([ends.new_zeros(1), ends]),
         mode="sum",
@@ -164,18 +199,35 @@ def _transposed_product(indices: Tensor, values: Tensor, x: Tensor, d_sae: int) 
     )
 
 
-def _picked_products(x: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+def _row_numbers(offsets: Tensor) -> Tensor:
+    return torch.repeat_interleave(
+        torch.arange(len(offsets) - 1, device=offsets.device), offsets.diff()
+    )
+
+
+def _picked_products(
+    x: Tensor, W: Tensor, indices: Tensor, offsets: Tensor | None = None
+) -> Tensor:
     """Return ⟨x_i, W[indices[i, j]]⟩ for all i, j."""
-    n, k = indices.shape
+    if indices.numel() == 0:
+        return x.new_zeros(indices.shape)
     if x.device.type == "cuda" or (x.device.type == "cpu" and torch.backends.mkl.is_available()):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            starts = torch.arange(0, n * k + 1, k, device=x.device)
-            zeros = x.new_zeros(n * k)
+            starts = offsets
+            if starts is None:
+                k = indices.shape[1]
+                starts = torch.arange(0, indices.numel() + 1, k, device=x.device)
+            zeros = x.new_zeros(indices.numel())
             pattern = torch.sparse_csr_tensor(
-                starts, indices.reshape(-1), zeros, size=(n, len(W)), check_invariants=False
+                starts, indices.reshape(-1), zeros, size=(len(x), len(W)), check_invariants=False
             )
-            return torch.sparse.sampled_addmm(pattern, x, W.T, beta=0.0).values().view(n, k)
+            products = torch.sparse.sampled_addmm(pattern, x, W.T, beta=0.0).values()
+            return products.view(indices.shape)
+    if offsets is not None:
+        rows = _row_numbers(offsets)
+        pairs = zip(rows.split(_DOT_PAIRS), indices.split(_DOT_PAIRS), strict=True)
+        return torch.cat([(x[row] * W[latent]).sum(-1) for row, latent in pairs])
     parts = [
         torch.bmm(W[some], rows[:, :, None]).squeeze(-1)
         for some, rows in zip(indices.split(_DOT_ROWS), x.split(_DOT_ROWS), strict=True)

@@ -25,8 +25,7 @@ def batch_of(x):
 
 
 def selected(d, x, progress=1.0):
-    indices, z = d._select(x, progress)
-    return torch.zeros(len(x), d.d_sae).scatter(1, indices, z).tolist()
+    return d._select(x, progress).dense().tolist()
 
 
 def train(config, *, seed=0, tokens=64 * 40, **train_fields):
@@ -90,6 +89,14 @@ def test_held_out_l0_of_a_trained_dictionary_is_near_k_and_training_lowers_the_e
     x = torch.cat([b.x for b in store.scan("site", batch=100, split="heldout")])
     l0 = (fitted.dictionary.encode(x) != 0).sum(-1).float().mean()
     assert float(l0) == pytest.approx(2, rel=0.15)
+
+
+@pytest.mark.parametrize("type_name", COUPLED)
+def test_training_in_bfloat16_keeps_float32_weights_and_l0(type_name):
+    config = {"type": type_name, "d_in": 16, "d_sae": 24, "k": 2}
+    _, fitted = train(config, tokens=64 * 10, autocast="bfloat16")
+    assert fitted.dictionary.W_enc.dtype == torch.float32
+    assert fitted.metrics[-1]["l0"] == pytest.approx(2, rel=0.05)
 
 
 def test_k_above_d_sae_is_refused_with_both_numbers():

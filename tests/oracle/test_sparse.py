@@ -110,3 +110,47 @@ def test_topk_of_a_product_is_that_of_the_whole_matrix_in_any_number_of_chunks()
     torch.testing.assert_close(values.sort(-1, descending=True).values, expected.values)
     assert torch.equal(indices.sort(-1).values, expected.indices.sort(-1).values)
     assert len(select.linear_topk(x[:0], W, c, 4)[0]) == 0
+
+
+def ragged_case():
+    """The codes of `case`, without some of each row's entries and without all of one row's."""
+    x, b, W, c, indices, values = case()
+    keep = torch.rand(indices.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    keep[4] = False
+    counts = keep.sum(1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return x, b, W, c, SparseLatents(offsets, indices[keep], values[keep], len(W))
+
+
+def test_ragged_forms_have_the_dense_forms_value_and_gradients():
+    results = []
+    for fast in (False, True):
+        x, b, W, c, chosen = ragged_case()
+        if fast:
+            x_hat = sparse.decode_ragged_at(sparse.encode_ragged_at(x, b, W, c, chosen), W)
+        else:
+            on = torch.zeros(len(x), len(W), dtype=torch.bool)
+            on[chosen.rows(), chosen.indices] = True
+            x_hat = torch.where(on, (x - b) @ W.T + c, 0) @ W
+        x_hat.square().sum().backward()
+        results.append((x_hat.detach(), x.grad, b.grad, W.grad, c.grad))
+    for slow, quick in zip(*results, strict=True):
+        torch.testing.assert_close(quick, slow, atol=1e-12, rtol=1e-12)
+
+
+def test_the_ragged_form_without_sampled_addmm_agrees(monkeypatch):
+    x, _, W, _, chosen = ragged_case()
+    given = (x.detach(), W.detach(), chosen.indices, chosen.row_offsets)
+    first = sparse._picked_products(*given)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    torch.testing.assert_close(sparse._picked_products(*given), first, atol=1e-12, rtol=1e-12)
+
+
+def test_ragged_codes_without_entries_give_zeros_and_zero_gradients():
+    x, b, W, c, _, _ = case()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    empty = SparseLatents(torch.zeros(13, dtype=torch.int64), nothing, x.new_zeros(0), 9)
+    x_hat = sparse.decode_ragged_at(sparse.encode_ragged_at(x, b, W, c, empty), W)
+    x_hat.sum().backward()
+    assert torch.equal(x_hat, torch.zeros(12, 5, dtype=torch.float64))
+    assert all(not t.grad.any() for t in (b, W, c))
