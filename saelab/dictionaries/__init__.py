@@ -5,10 +5,12 @@ from typing import Any
 
 from saelab.config import Config
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, read_saved
+from saelab.dictionaries.relu import ReLU
 from saelab.dictionaries.topk import TopK
 from saelab.errors import ConfigError, nearest
 
 REGISTRY: dict[str, type[BaseDictionary]] = {
+    "relu": ReLU,
     "topk": TopK,
 }
 
