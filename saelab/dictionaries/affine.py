@@ -30,6 +30,14 @@ class AffineConfig(DictionaryConfig):
         return min(self.aux_k or max(self.d_in // 2, 1), self.d_sae)
 
 
+def check_target(target_l0: float, d_sae: int) -> None:
+    """Raise ValueError for a mean L0 that no sparse code can have."""
+    if target_l0 >= d_sae:
+        raise ValueError(
+            f"target_l0={target_l0:g} is not below d_sae={d_sae}; choose a smaller target"
+        )
+
+
 class AffineDictionary(BaseDictionary, GradientTrained):
     """A gradient-trained dictionary whose codes start from one affine map of x.
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from saelab.dictionaries.affine import AffineConfig, AffineDictionary
+from saelab.dictionaries.affine import AffineConfig, AffineDictionary, check_target
 from saelab.ops import control
 from saelab.protocols import Loss
 
@@ -25,11 +25,8 @@ class PenaltyConfig(AffineConfig):
 
     @model_validator(mode="after")
     def _reachable(self) -> "PenaltyConfig":
-        if self.target_l0 is not None and self.target_l0 >= self.d_sae:
-            raise ValueError(
-                f"target_l0={self.target_l0:g} is not below d_sae={self.d_sae}; "
-                "choose a smaller target"
-            )
+        if self.target_l0 is not None:
+            check_target(self.target_l0, self.d_sae)
         return self
 
     @classmethod
