@@ -5,12 +5,14 @@ from typing import Any
 
 from saelab.config import Config
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, read_saved
+from saelab.dictionaries.gated import Gated
 from saelab.dictionaries.jump_relu import JumpReLU
 from saelab.dictionaries.relu import ReLU
 from saelab.dictionaries.topk import TopK
 from saelab.errors import ConfigError, nearest
 
 REGISTRY: dict[str, type[BaseDictionary]] = {
+    "gated": Gated,
     "jump_relu": JumpReLU,
     "relu": ReLU,
     "topk": TopK,

@@ -3,6 +3,7 @@
 pre = (x − b_dec) W_encᵀ + b_enc
 """
 
+from abc import abstractmethod
 from typing import Annotated
 
 import torch
@@ -41,7 +42,7 @@ def check_target(target_l0: float, d_sae: int) -> None:
 class AffineDictionary(BaseDictionary, GradientTrained):
     """A gradient-trained dictionary whose codes start from one affine map of x.
 
-    A type gives `_code`. Its decoder rows keep unit norm unless `unit_decoder` is False.
+    A type gives `_codes`. Its decoder rows keep unit norm unless `unit_decoder` is False.
     """
 
     def __init__(self, config: AffineConfig) -> None:
@@ -57,14 +58,17 @@ class AffineDictionary(BaseDictionary, GradientTrained):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
-        return self._code(self._pre(self._rows(x))).reshape(*x.shape[:-1], self.d_sae)
+        return self._codes(self._rows(x)).reshape(*x.shape[:-1], self.d_sae)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return ((x - self.b_dec) @ self.W_enc.T).to(x.dtype)
 
     def _pre(self, x: Tensor) -> Tensor:
-        return ((x - self.b_dec) @ self.W_enc.T).to(x.dtype) + self.b_enc
+        return self._product(x) + self.b_enc
 
-    def _code(self, pre: Tensor) -> Tensor:
-        """Return codes from pre-activations."""
-        raise NotImplementedError
+    @abstractmethod
+    def _codes(self, x: Tensor) -> Tensor:
+        """Return the codes (n, d_sae) of rows (n, d_in)."""
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: biases scale, the variance scales twice."""

@@ -76,8 +76,8 @@ class JumpReLU(AffineDictionary):
         self.bandwidth: Tensor
         """Width of the kernel per latent, in the unit of x."""
 
-    def _code(self, pre: Tensor) -> Tensor:
-        return jump.jump(pre, self.threshold, self.bandwidth)
+    def _codes(self, x: Tensor) -> Tensor:
+        return jump.jump(self._pre(x), self.threshold, self.bandwidth)
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: thresholds and bandwidths scale like biases."""
@@ -102,7 +102,7 @@ class JumpReLU(AffineDictionary):
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""
         pre = self._pre(batch.x)
-        error = batch.y - self.decode(self._code(pre))
+        error = batch.y - self.decode(jump.jump(pre, self.threshold, self.bandwidth))
         fvu, aux = self._fvu(error), self._auxk(batch.x, error, dead)
         fires = jump.step(pre, self.threshold, self.bandwidth)
         l0 = fires.sum() / len(batch)

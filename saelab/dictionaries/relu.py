@@ -46,12 +46,12 @@ class ReLU(PenalisedDictionary):
         super().__init__(config)
         self.unit_decoder = config.form == "bricken"
 
-    def _code(self, pre: Tensor) -> Tensor:
-        return pre.relu()
+    def _codes(self, x: Tensor) -> Tensor:
+        return self._pre(x).relu()
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""
-        z = self._code(self._pre(batch.x))
+        z = self._codes(batch.x)
         error = batch.y - self.decode(z)
         fvu, aux = self._fvu(error), self._auxk(batch.x, error, dead)
         per_latent = z.sum(0) if self.unit_decoder else z.sum(0) * self.W_dec.norm(dim=1)

@@ -9,7 +9,11 @@ from saelab.ops import control
 from saelab.protocols import Loss
 from saelab.train.fit import Member, TrainConfig, fit
 
-STEERED = [{"type": "relu", "form": "april"}, {"type": "relu", "form": "bricken"}]
+STEERED = [
+    {"type": "relu", "form": "april"},
+    {"type": "relu", "form": "bricken"},
+    {"type": "gated"},
+]
 
 
 def scalar(value):
