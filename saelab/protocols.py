@@ -370,6 +370,10 @@ class GradientTrained(ABC):
     def observe_(self, loss: Loss) -> None:
         """Take in what the loss observed. Default: nothing."""
 
+    def lr_factors(self) -> Mapping[str, float]:
+        """Return factors on the learning rate by parameter name, where not 1. Default: none."""
+        return {}
+
     def revive_(self, ids: Int[Tensor, " m"], rows: Float[Tensor, "m d_in"]) -> None:
         """Re-initialise latents from rows that are reconstructed badly. Default: not supported."""
         raise NotImplementedError(f"{type(self).__name__} has no resampling rule")

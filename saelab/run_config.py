@@ -108,9 +108,13 @@ class Member:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         return Member(
-            training.name or "-".join(str(fields[k]) for k in ("type", "d_sae", "k") if k in
-            fields), fields, training.lr, training.seed, training.site, training.init,
+            training.name or "-".join(str(fields[k]) for k in _NAMING if k in fields),
+            fields, training.lr, training.seed, training.site, training.init,
         )  # fmt: skip
+
+
+_NAMING = ("type", "d_sae", "k", "target_l0")
+"""Fields that a member without a name is called after."""
 
 
 class _MemberTraining(Config):

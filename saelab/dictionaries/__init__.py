@@ -8,8 +8,11 @@ from saelab.dictionaries.abs_topk import AbsTopK
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, read_saved
 from saelab.dictionaries.batch_topk import BatchTopK
 from saelab.dictionaries.feature_choice import FeatureChoice
+from saelab.dictionaries.gated import Gated
+from saelab.dictionaries.jump_relu import JumpReLU
 from saelab.dictionaries.matryoshka import Matryoshka
 from saelab.dictionaries.mutual_choice import MutualChoice
+from saelab.dictionaries.relu import ReLU
 from saelab.dictionaries.topk import TopK
 from saelab.errors import ConfigError, nearest
 
@@ -19,6 +22,9 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "feature_choice": FeatureChoice,
     "matryoshka": Matryoshka,
     "mutual_choice": MutualChoice,
+    "gated": Gated,
+    "jump_relu": JumpReLU,
+    "relu": ReLU,
     "topk": TopK,
 }
 

@@ -8,7 +8,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,9 +36,10 @@ class Trainee(Dictionary, Protocol):
     def constrain_grad_(self) -> None: ...  # noqa: D102
     def constrain_(self) -> None: ...  # noqa: D102
     def observe_(self, loss: Loss) -> None: ...  # noqa: D102
+    def lr_factors(self) -> Mapping[str, float]: ...  # noqa: D102
     def calibrate(self, batches: Iterable[Batch]) -> None: ...  # noqa: D102
     def folded(self, scale: float) -> "Trainee": ...  # noqa: D102
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...  # noqa: D102
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...  # noqa: D102
     def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...  # noqa: D102
 
@@ -63,9 +64,10 @@ class GradientTrainer:
         self.device = given.W_dec.device
         self.lr = member.lr or schedules.default_lr(given.d_sae)
         self.generator = torch.Generator().manual_seed(member.seed)
-        self.parameters = [p for p in started.parameters() if p.requires_grad]
+        groups = _groups(started)
+        self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.Adam(
-            self.parameters,
+            groups,
             lr=self.lr,
             betas=config.betas,
             eps=ADAM_EPS,
@@ -119,7 +121,7 @@ class GradientTrainer:
         middle = (self.done + 0.5) / self.config.steps
         factor = schedules.lr_factor(middle, warmup=self.config.warmup, decay=self.config.decay)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = self.lr * factor * group["factor"]
         return self.lr * factor
 
     def _check_finite(self, value: Tensor, what: str) -> None:
@@ -226,6 +228,16 @@ class GradientTrainer:
             **{f"last_{key}": last[key] for key in ("loss", "l0", "dead")},
         }
         return Fitted(self.member.name, trained, self.metrics, facts)
+
+
+def _groups(dictionary: Trainee) -> list[dict[str, Any]]:
+    """Return the parameters grouped by their factor on the learning rate."""
+    factors = dictionary.lr_factors()
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in dictionary.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factors.get(name, 1.0), []).append(parameter)
+    return [{"params": some, "factor": factor} for factor, some in groups.items()]
 
 
 def input_scale(store: Store, site: str) -> float:

@@ -8,11 +8,6 @@ def lr_factor(progress: float, *, warmup: float, decay: float) -> float:
     return max(0.0, min(1.0, rise, fall))
 
 
-def ramp(progress: float, *, until: float) -> float:
-    """Return a factor that rises linearly to 1 at `until`, for the weight of a sparsity penalty."""
-    return min(1.0, progress / until) if until > 0 else 1.0
-
-
 def default_lr(d_sae: int) -> float:
     """Return 2e-3 · √(4608 / d_sae), the peak learning rate where a member gives none."""
     return 2e-3 * (4608 / d_sae) ** 0.5

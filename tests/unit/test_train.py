@@ -307,7 +307,6 @@ def test_learning_rate_rises_stays_and_falls():
     assert schedules.lr_factor(0.0, warmup=0.0, decay=0.0) == 1
     assert schedules.default_lr(4608) == 2e-3
     assert schedules.default_lr(4 * 4608) == 1e-3
-    assert schedules.ramp(0.1, until=0.2) == 0.5
     assert TrainConfig(tokens=800_000).window == 80_000
     assert TrainConfig(tokens=10**9).window == 10_000_000
 

@@ -1,0 +1,92 @@
+"""Gated: one affine map decides which latents fire, a rescaled copy of it says how much.
+
+    gate  = (x − b_dec) W_encᵀ + b_enc
+    z     = H(gate) · ReLU(exp(r_mag) · (x − b_dec) W_encᵀ + b_mag)        x_hat = z W_dec + b_dec
+
+    loss  = (Σ‖x − x_hat‖² + Σ‖x − x_gate‖²) / (n · variance)
+            + λ · mean over rows of Σ ReLU(gate) / √variance + aux_weight · AuxK
+    x_gate = ReLU(gate) W_dec + b_dec with frozen W_dec and b_dec
+
+The penalty shrinks only the gate; the second error is what trains it, since no gradient passes the
+step H. Decoder rows keep unit norm; `target_l0` steers λ to a mean L0.
+
+Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders",
+arXiv 2404.16014.
+"""
+
+from typing import Literal, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from saelab.dictionaries.penalty import PenalisedDictionary, PenaltyConfig
+from saelab.protocols import Loss
+from saelab.types import Batch
+
+
+class GatedConfig(PenaltyConfig):
+    """A gated dictionary."""
+
+    type: Literal["gated"] = "gated"
+    """Name in the registry."""
+
+
+@final
+class Gated(PenalisedDictionary):
+    """The gated dictionary; see the module's docstring for its equations."""
+
+    config_class = GatedConfig
+    config: GatedConfig
+
+    def __init__(self, config: GatedConfig) -> None:
+        """Allocate the weights."""
+        super().__init__(config)
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+
+    def _codes(self, x: Tensor) -> Tensor:
+        return self._gate_and_codes(x)[1]
+
+    def _gate_and_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        product = self._product(x)
+        gate = product + self.b_enc
+        amount = (self.r_mag.exp() * product + self.b_mag).relu()
+        return gate, amount * (gate > 0)
+
+    def scale_(self, factor: float) -> None:
+        """Change the unit of x: both encoder biases scale, the ratio r_mag does not."""
+        super().scale_(factor)
+        self.b_mag.mul_(factor)
+
+    @torch.no_grad()
+    def init_(self, sample: Float[Tensor, "n d_in"], generator: torch.Generator) -> None:
+        """Set the weights as for the other types; both paths start equal."""
+        super().init_(sample, generator)
+        self.r_mag.zero_()
+        self.b_mag.zero_()
+
+    def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
+        """Return both FVU-scaled errors plus the penalty and AuxK; pure."""
+        gate, z = self._gate_and_codes(batch.x)
+        error = batch.y - self.decode(z)
+        opened = gate.relu()
+        x_gate = opened @ self.W_dec.detach() + self.b_dec.detach()
+        fvu, fvu_gate = self._fvu(error), self._fvu(batch.y - x_gate)
+        aux = self._auxk(batch.x, error, dead)
+        penalty = opened.sum() / (len(batch) * self.variance.sqrt())
+        weight = self._weight(progress)
+        fires = z.detach() > 0
+        return Loss(
+            total=fvu + fvu_gate + weight * penalty + self.aux_weight * aux,
+            terms={
+                "fvu": fvu.detach(),
+                "fvu_gate": fvu_gate.detach(),
+                "aux": aux.detach(),
+                "penalty": penalty.detach(),
+                "weight": weight,
+            },
+            fired=fires.any(0).nonzero()[:, 0],
+            l0=fires.sum() / len(batch),
+            observed={"progress": torch.tensor(progress)},
+        )

@@ -1,0 +1,72 @@
+"""The weight of a sparsity penalty: its rise, and the controller that steers it to a target L0."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat, model_validator
+from torch import Tensor
+
+from saelab.dictionaries.affine import AffineConfig, AffineDictionary, check_target
+from saelab.ops import control
+from saelab.protocols import Loss
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PenaltyConfig(AffineConfig):
+    """What the configurations of types with a sparsity penalty hold."""
+
+    sparsity_weight: PositiveFloat = 0.1
+    """Weight λ of the penalty beside the FVU-scaled error; where `target_l0` steers, its start."""
+    sparsity_warmup: Share = 0.2
+    """Share of the run over which the weight rises from 0."""
+    target_l0: PositiveFloat | None = None
+    """Mean L0 that the weight is steered to after its rise; None keeps the weight."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "PenaltyConfig":
+        if self.target_l0 is not None:
+            check_target(self.target_l0, self.d_sae)
+        return self
+
+    @classmethod
+    def example(cls) -> "PenaltyConfig":
+        """Return a small configuration on which the contract laws are tested."""
+        return cls.parse({"d_in": 8, "d_sae": 24, "target_l0": 3})
+
+
+class PenalisedDictionary(AffineDictionary):
+    """A type whose loss has a penalty times a weight that may be steered.
+
+    The state of the controller are buffers, so an interrupted run goes on with the same bits.
+    """
+
+    def __init__(self, config: PenaltyConfig) -> None:
+        """Allocate the weights and the controller's state."""
+        super().__init__(config)
+        self.target_l0 = config.target_l0
+        self.sparsity_warmup = config.sparsity_warmup
+        self.register_buffer("log_weight", torch.tensor(config.sparsity_weight).log())
+        self.register_buffer("l0_error", torch.zeros(()))
+        self.register_buffer("progress", torch.zeros(()))
+        self.log_weight: Tensor
+        """Logarithm of the weight that keeps the L0 where it is."""
+        self.l0_error: Tensor
+        """log(L0 / target) at the last step."""
+        self.progress: Tensor
+        """Share of the run at the last step."""
+
+    def _weight(self, progress: float) -> Tensor:
+        """Return the penalty's weight at this share of the run."""
+        rise = control.ramp(progress, until=self.sparsity_warmup)
+        return (self.log_weight + self.l0_error).exp() * rise
+
+    @torch.no_grad()
+    def observe_(self, loss: Loss) -> None:
+        """Steer the weight, once it has risen, by the L0 of the step."""
+        target, progress = self.target_l0, loss.observed["progress"].to(self.progress)
+        share = (progress - self.progress).clamp(min=0)  # a second training begins again at 0
+        self.progress.copy_(progress)
+        if target is not None and progress > self.sparsity_warmup:
+            self.l0_error.copy_(control.l0_error(loss.l0.to(self.l0_error), target))
+            self.log_weight.copy_(control.integrate(self.log_weight, self.l0_error, share))
