@@ -27,6 +27,9 @@ from saelab.types import Batch, SparseLatents
 Code = tuple[Tensor, Tensor] | SparseLatents
 """A batch's code in training: (indices, z) of equal width in all rows, or ragged."""
 
+ENCODER_SCALE = 0.5
+"""Norm of the encoder's rows at the start, where the decoder's is 1."""
+
 
 class LinearConfig(DictionaryConfig):
     """What these types' configurations share."""
@@ -107,10 +110,14 @@ class LinearDictionary(BaseDictionary, GradientTrained):
 
     @torch.no_grad()
     def init_(self, sample: Float[Tensor, "n d_in"], generator: torch.Generator) -> None:
-        """Set encoder = decoder = random unit rows, b_enc = 0, b_dec = geometric median."""
+        """Set decoder = random unit rows, encoder = half, b_enc = 0, b_dec = geometric median.
+
+        k unit-norm directions that are chosen for their overlap with x overlap with each other, so
+        a tied encoder of full size overshoots: docs/methods/topk.md has the comparison.
+        """
         directions = torch.randn(self.W_dec.shape, generator=generator)
         self.W_dec.copy_(linalg.unit_rows(directions))
-        self.W_enc.copy_(self.W_dec)
+        self.W_enc.copy_(self.W_dec).mul_(ENCODER_SCALE)
         self.b_enc.zero_()
         self.b_dec.copy_(linalg.geometric_median(sample))
         self.variance.copy_((sample - sample.mean(0)).square().sum(-1).mean())

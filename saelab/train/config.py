@@ -31,8 +31,8 @@ class TrainConfig(Config):
     """Share of the run over which the learning rate rises."""
     decay: Share = 0.3
     """Share of the run, at its end, over which the learning rate falls to 0."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    """Adam's decay rates of the two moments."""
+    betas: tuple[Share, Share] = (0.8, 0.95)
+    """Adam's decay rates of the two moments; short memories suit runs of hundreds of steps."""
     dead_window: PositiveInt | None = None
     """Tokens without firing after which a latent is dead; default min(10 M, a tenth of the run)."""
     log_every: PositiveInt = 10

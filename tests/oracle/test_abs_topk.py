@@ -44,7 +44,7 @@ def test_it_equals_topk_on_both_signs_of_the_directions():
     both = create({"type": "topk", "d_in": 8, "d_sae": 48, "k": 3})
     with torch.no_grad():
         both.W_enc.copy_(torch.cat([signed.W_enc, -signed.W_enc]))
-        both.W_dec.copy_(both.W_enc)
+        both.W_dec.copy_(torch.cat([signed.W_dec, -signed.W_dec]))
         both.b_dec.copy_(signed.b_dec)
     z = both.encode(x)
     torch.testing.assert_close(signed.encode(x), z[:, :24] - z[:, 24:])
