@@ -83,7 +83,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_dense_form():
 @pytest.mark.parametrize("type_name", COUPLED)
 def test_held_out_l0_of_a_trained_dictionary_is_near_k_and_training_lowers_the_error(type_name):
     config = {"type": type_name, "d_in": 16, "d_sae": 24, "k": 2}
-    store, fitted = train(config, tokens=64 * 100, log_every=1)
+    store, fitted = train(config, tokens=64 * 100, log_every=1, betas=(0.9, 0.999))
     assert fitted.metrics[-1]["fvu"] < 0.85 * fitted.metrics[0]["fvu"]
     assert fitted.metrics[-1]["l0"] == pytest.approx(2, rel=0.02)
     x = torch.cat([b.x for b in store.scan("site", batch=100, split="heldout")])
