@@ -5,7 +5,7 @@ Equal to the published one in distribution, not in values. Feature i is drawn by
 with probability q_i and has magnitude relu(μ_i + σ_i g); then, from the roots down, a child of an
 inactive parent is switched off, a child of an active one is scaled by the parent's magnitude over
 its mean (so magnitudes multiply down a chain), and of several active siblings one, chosen at
-random, stays. q undoes in part what this takes from the nominal probability p. x = a W + b, without noise.
+random, stays. q undoes in part what this takes from the nominal probability p. x = a W + b.
 """
 
 import math

@@ -209,7 +209,9 @@ class DiskStore:
         if self._truth is None:
             raise ArtifactError(f"nothing was planted in {self.path}: its rows have no known codes")
         n = len(self._truth.directions)
-        return read_codes(self.path, torch.from_numpy(self._maps.shard_first), refs.cpu().long(), n)
+        return read_codes(
+            self.path, torch.from_numpy(self._maps.shard_first.copy()), refs.cpu().long(), n
+        )
 
     @cached_property
     def _truth(self) -> Truth | None:
