@@ -23,7 +23,7 @@ from saelab.pipeline import Run, check_memory, check_space
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.report import human_bytes
 from saelab.run_config import Member, RunConfig
-from saelab.store.synthetic import SyntheticConfig
+from saelab.store.flat import FlatConfig
 from saelab.train.fit import Member as TrainMember
 from saelab.train.fit import fit
 
@@ -220,7 +220,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _planted_rows(d: int, n: int) -> Iterator[Store]:
     """Open a store of `n` planted rows for the trainer to be timed on; it is gone afterwards."""
-    config = SyntheticConfig.parse({"d": d, "n_rows": n, "holdout": 0})
+    config = FlatConfig.parse({"d": d, "n_rows": n, "holdout": 0})
     with tempfile.TemporaryDirectory() as folder:
         with artifacts.open_draft(Path(folder), "store", "probe", "0" * 64) as draft:
             facts = api.make_synthetic_store(draft, config)

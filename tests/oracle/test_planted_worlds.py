@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from saelab.errors import ConfigError
-from saelab.pipeline import RunConfig
+from saelab.run_config import RunConfig
 from saelab.store.benchmark import (
     SIZES,
     BenchmarkConfig,
