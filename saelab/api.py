@@ -19,6 +19,7 @@ from saelab import artifacts, assets, dictionaries, models, store
 from saelab.artifacts import Draft, canonical_line, read_manifest
 from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
 from saelab.evals.core import CoreConfig, CoreEvaluator
+from saelab.evals.truth import TruthConfig, TruthEvaluator
 from saelab.features.build import IndexConfig, build
 from saelab.features.read import Features
 from saelab.harvest import corpus as corpora
@@ -92,6 +93,20 @@ def evaluate(
     return list(
         CoreEvaluator(config, choose_site(activations, site))(dictionary, activations, model)
     )
+
+
+def evaluate_truth(
+    dictionary: Dictionary,
+    activations: Store,
+    *,
+    config: TruthConfig | None = None,
+    site: str | None = None,
+) -> list[ResultRow]:
+    """Score a dictionary against what was planted in a store; see docs/truth.md.
+
+    Raises ConfigError if nothing was planted in it.
+    """
+    return list(TruthEvaluator(config, choose_site(activations, site))(dictionary, activations))
 
 
 def index(
@@ -286,7 +301,7 @@ def _member(spec: MemberSpec, device: torch.device) -> Member:
 def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of the evaluation goes into a results key: each evaluator's version and
     settings."""
-    versions = {"core": CoreEvaluator.version}
+    versions = {"core": CoreEvaluator.version, "truth": TruthEvaluator.version}
     return {
         "evals": {
             name: {"version": versions[name], "config": configs[name].plain()} for name in evals
@@ -314,7 +329,10 @@ def write_results(
     }
     device = model.device if model is not None else torch.device("cpu")
     loaded = dictionaries.load(dictionary).to(device)
-    evaluators = {"core": lambda: CoreEvaluator(configs["core"], site)}
+    evaluators = {
+        "core": lambda: CoreEvaluator(configs["core"], site),
+        "truth": lambda: TruthEvaluator(configs["truth"], site),
+    }
     lines = []
     for name in evals:
         with _spinner(f"evaluate {name}"):

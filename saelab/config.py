@@ -147,7 +147,7 @@ def first_difference(old: Any, new: Any, path: str = "") -> str | None:
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        where = ".".join(map(str, item["loc"]))
+        where = ".".join(map(str, _path(cls, item["loc"])))
         if item["type"] == "extra_forbidden":
             known = _fields_at(cls, item["loc"][:-1])
             hint = nearest(str(item["loc"][-1]), known) if known else ""
@@ -162,6 +162,17 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
+def _path(model: Any, loc: tuple[int | str, ...]) -> list[int | str]:
+    """Return an error's location without the tags by which a union's member was chosen."""
+    path: list[int | str] = []
+    for step in loc[:-1]:
+        found = [m.model_fields[step] for m in _models_in(model) if step in m.model_fields]
+        if found or isinstance(step, int) or not _models_in(model):
+            path.append(step)
+            model = found[0].annotation if found else model
+    return [*path, *loc[-1:]]
+
+
 def _fields_at(model: Any, loc: tuple[int | str, ...]) -> list[str]:
     """Field names of the model that lies at an error's location."""
     for step in loc:
@@ -169,9 +180,9 @@ def _fields_at(model: Any, loc: tuple[int | str, ...]) -> list[str]:
             continue
         models = _models_in(model)
         found = [m.model_fields[step].annotation for m in models if step in m.model_fields]
-        if not found:
+        if not models:
             return []
-        model = found[0]
+        model = found[0] if found else model
     return sorted({name for m in _models_in(model) for name in m.model_fields})
 
 

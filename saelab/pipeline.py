@@ -259,7 +259,7 @@ class Run:
     def _results(self, dictionary: Path, store: Path, member: int) -> None:
         assert self.config.evaluate is not None
         evaluate, manifest = self.config.evaluate, artifacts.read_manifest(dictionary)
-        inputs = api.evaluation_inputs(evaluate.evals, {"core": evaluate.core})
+        inputs = api.evaluation_inputs(evaluate.evals, evaluate.settings())
         inputs["model"] = self._model_fingerprint(store)
         parents = [artifacts.parent_of(dictionary), artifacts.parent_of(store)]
 
@@ -267,7 +267,7 @@ class Run:
             self._verify(store)
             return api.write_results(
                 draft, dictionary, store, self._model_for(store),
-                evals=evaluate.evals, configs={"core": evaluate.core},
+                evals=evaluate.evals, configs=evaluate.settings(),
             )  # fmt: skip
 
         self._find_or_make(Work("results", manifest.name, inputs, parents), fill, member)

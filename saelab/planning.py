@@ -23,11 +23,13 @@ from saelab.pipeline import Run, check_memory, check_space
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.report import human_bytes
 from saelab.run_config import Member, RunConfig
-from saelab.store.synthetic import SyntheticConfig
+from saelab.store.flat import FlatConfig
 from saelab.train.fit import Member as TrainMember
 from saelab.train.fit import fit
 
 _PROBE_STEPS = 4
+_DRAWS_PER_SECOND = 3e7
+"""Normal numbers that planting draws per second; it needs one per row and feature."""
 _SPLICED_ARMS = 7
 """Forward passes of the core evaluator per window: clean, dictionary, re-encoded, two ablations,
 two random errors."""
@@ -77,9 +79,10 @@ def _store_cost(run: Run) -> Cost:
     config = run.config
     if config.synthetic is not None:
         size = config.synthetic.n_rows * (4 * config.synthetic.d + 40)
-        return Cost(
-            "store", f"{config.synthetic.n_rows:,} planted rows", size / 2e7, size, size / 4
-        )
+        drawn = config.synthetic.n_rows * config.synthetic.n_features
+        seconds = max(size / 2e7, drawn / _DRAWS_PER_SECOND)
+        what = f"{config.synthetic.n_rows:,} planted rows"
+        return Cost("store", what, seconds, size, size / 4)
     assert config.corpus and config.harvest
     tokens, context = config.corpus.tokens, config.corpus.context
     windows = max(1, config.harvest.batch_tokens // context)
@@ -217,7 +220,7 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def _planted_rows(d: int, n: int) -> Iterator[Store]:
     """Open a store of `n` planted rows for the trainer to be timed on; it is gone afterwards."""
-    config = SyntheticConfig.parse({"d": d, "n_rows": n, "holdout": 0})
+    config = FlatConfig.parse({"d": d, "n_rows": n, "holdout": 0})
     with tempfile.TemporaryDirectory() as folder:
         with artifacts.open_draft(Path(folder), "store", "probe", "0" * 64) as draft:
             facts = api.make_synthetic_store(draft, config)

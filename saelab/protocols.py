@@ -202,6 +202,31 @@ class SiteStats:
         return self.mean_square_norm - float((self.mean.double() ** 2).sum())
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What was planted in a store: x = a · directions + bias, with known codes a."""
+
+    directions: Float[Tensor, "n_features d"]
+    """Row i is the unit-norm direction of feature i."""
+    bias: Float[Tensor, " d"]
+    parents: Int[Tensor, " n_features"]
+    """Feature without which feature i is never on; −1: none."""
+
+
+@runtime_checkable
+class PlantedStore(Store, Protocol):
+    """A store that may know the directions and codes behind its rows."""
+
+    def truth(self) -> Truth | None:
+        """Return what was planted; None for a store whose rows came from elsewhere."""
+        ...
+
+    def codes(self, refs: Int[Tensor, " n"]) -> SparseLatents:
+        """Return the planted codes of these row numbers, in that order. Raises ArtifactError if
+        nothing was planted."""
+        ...
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """A causal language model whose activations can be read, replaced and differentiated.

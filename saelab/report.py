@@ -25,6 +25,17 @@ _TITLES = {
     "ce_recovered_mean": "CE rec. (mean) ↑",
 }
 _LEADING = tuple(_TITLES)
+_TRUTH_TITLES = {
+    "mcc": "MCC ↑",
+    "uniqueness": "unique ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "f1": "F1 ↑",
+    "r2": "R² ↑",
+    "shrinkage": "shrinkage → 1",
+    "l0": "L0",
+    "dead_share": "dead ↓",
+}
 
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
@@ -46,31 +57,42 @@ def pretty(value: float, error: float | None = None) -> str:
 
 
 def scorecard(results: Path) -> Group:
-    """Return one results artifact as two tables: arms by leading metrics, and the dictionary's
-    rest."""
-    rows, manifest = read_rows(results), artifacts.read_manifest(results)
-    cells = {(row["name"], row["arm"]): row for row in rows}
-    names = {row["name"] for row in rows}
-    leading = [name for name in _LEADING if name in names]
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    card = table("", *(_TITLES[name] for name in leading))
-    for arm in arms:
-        style = "bold" if arm == "dictionary" else ""
-        card.add_row(arm, *(_cell(cells.get((name, arm))) for name in leading), style=style)
+    """Return one results artifact as tables: for each evaluator arms by leading metrics, and the
+    dictionary's rest."""
+    everything, manifest = read_rows(results), artifacts.read_manifest(results)
+    rows = [row for row in everything if row["evaluator"] != "truth"]
+    truth = [row for row in everything if row["evaluator"] == "truth"]
     rest = [
         row
-        for row in rows
-        if row["arm"] == "dictionary" and row["name"] not in leading and "[" not in row["name"]
+        for part, titles in ((rows, _TITLES), (truth, _TRUTH_TITLES))
+        for row in part
+        if row["arm"] == "dictionary" and row["name"] not in titles and "[" not in row["name"]
     ]
     details = table("of the dictionary", "value", "unit")
     for row in rest:
         details.add_row(row["name"], _cell(row), row["unit"])
-    n = next(row["n"] for row in rows if row["name"] == "fvu")
+    n = next(row["n"] for row in everything if row["name"] in ("fvu", "r2"))
     spliced = next((row["n"] for row in rows if row["name"] == "kl"), None)
     words = f"{n:,} held-out rows" + (f", {spliced:,} spliced positions" if spliced else "")
-    note = f"± is one standard error (bootstrap over documents); {words}. See docs/metrics.md."
+    pages = "docs/metrics.md and docs/truth.md" if truth else "docs/metrics.md"
+    note = f"± is one standard error (bootstrap over documents); {words}. See {pages}."
     head = Text(f"{results.name}  {manifest.facts['site']}", style="bold")
-    return Group(head, Text(), card, Text(), details, Text(), Text(note, style="dim"))
+    tables = [_by_arm("", rows, _TITLES)] if rows else []
+    tables += [_by_arm("against the planted truth", truth, _TRUTH_TITLES)] if truth else []
+    spaced = [part for shown in [*tables, details] for part in (Text(), shown)]
+    return Group(head, *spaced, Text(), Text(note, style="dim"))
+
+
+def _by_arm(first: str, rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
+    """Return a table with a line per arm and a column per metric that has a title."""
+    cells = {(row["name"], row["arm"]): row for row in rows}
+    names = {row["name"] for row in rows}
+    leading = [name for name in titles if name in names]
+    card = table(first, *(titles[name] for name in leading))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        style = "bold" if arm == "dictionary" else ""
+        card.add_row(arm, *(_cell(cells.get((name, arm))) for name in leading), style=style)
+    return card
 
 
 def table(first: str, *columns: str) -> Table:

@@ -11,6 +11,7 @@ from saelab.config import Config, apply_overrides, load_yaml
 from saelab.dictionaries import config_class
 from saelab.errors import ConfigError, nearest
 from saelab.evals.core import CoreConfig
+from saelab.evals.truth import TruthConfig
 from saelab.features.build import IndexConfig
 from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig
@@ -32,10 +33,16 @@ class ModelConfig(Config):
 class EvaluateConfig(Config):
     """Which evaluators score each dictionary."""
 
-    evals: list[Literal["core"]] = ["core"]
-    """Evaluators by name."""
+    evals: list[Literal["core", "truth"]] = ["core"]
+    """Evaluators by name; `truth` needs a planted store."""
     core: CoreConfig = CoreConfig()
     """Settings of the core evaluator."""
+    truth: TruthConfig = TruthConfig()
+    """Settings of the evaluator that knows what was planted."""
+
+    def settings(self) -> dict[str, Config]:
+        """Return each evaluator's settings by its name."""
+        return {"core": self.core, "truth": self.truth}
 
 
 class RunConfig(Config):
@@ -75,6 +82,8 @@ class RunConfig(Config):
             raise ValueError("give exactly one of corpus, store and synthetic")
         if self.corpus is not None and (self.model is None or self.harvest is None):
             raise ValueError("a corpus needs model and harvest beside it")
+        if self.corpus is not None and self.evaluate and "truth" in self.evaluate.evals:
+            raise ValueError("evaluate.evals: truth needs a planted store (`synthetic:`)")
         if self.dictionaries and self.train is None:
             raise ValueError("dictionaries need a train section (batch, tokens)")
         return self

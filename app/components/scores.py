@@ -76,7 +76,8 @@ def _with_error(row: dict[str, Any]) -> str:
 
 
 def scorecard(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table with a line per arm and a column per leading metric."""
+    """Return a table with a line per arm and a column per leading metric, planted truth apart."""
+    rows = [row for row in rows if row.get("evaluator") != "truth"]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     cells = {(row["name"], row["arm"]): row for row in rows}
     names = [name for name in TITLES if any((name, arm) in cells for arm in arms)]
@@ -97,16 +98,15 @@ def scorecard(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def details(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the dictionary's other numbers, as name and value."""
-    mine = [
-        row
-        for row in rows
-        if row["arm"] == "dictionary" and row["name"] not in TITLES and "[" not in row["name"]
-    ]
+    """Return the dictionary's other numbers, each name once, as name and value."""
+    mine: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["arm"] == "dictionary" and row["name"] not in TITLES and "[" not in row["name"]:
+            mine.setdefault(row["name"], row)
     items = "".join(
         f"<div><span>{escape(row['name'].replace('_', ' '))}</span>{_value(row)}"
         f"<small>{escape(row['unit'])}</small></div>"
-        for row in mine
+        for row in mine.values()
     )
     return f'<div class="sl-list">{items}</div>'
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from saelab import artifacts
 from saelab.errors import ArtifactError, CorpusError, ShapeError, SiteError, nearest
-from saelab.protocols import SiteStats, Split
+from saelab.protocols import SiteStats, Split, Truth
 from saelab.store import format as fmt
 from saelab.store.maps import ShardMaps
+from saelab.store.planted import TRUTH, read_codes, read_truth
 from saelab.store.shuffled import Order, Shuffler
-from saelab.types import Batch, Document, Window
+from saelab.types import Batch, Document, SparseLatents, Window
 
 BUFFER_BYTES = 256 * 2**20
 """Memory of the shuffle buffer; the order of the batches depends on it."""
@@ -196,6 +197,25 @@ class DiskStore:
         first, last = map(int, self._maps.window_first[number : number + 2])
         start = max(first, ref - before)
         return self._strings(np.arange(start, min(last, ref + after + 1))), ref - start
+
+    # ------------------------------------------------------------------------- what was planted
+
+    def truth(self) -> Truth | None:
+        """Return what was planted; None for a store whose rows came from elsewhere."""
+        return self._truth
+
+    def codes(self, refs: Int[Tensor, " n"]) -> SparseLatents:
+        """Return the planted codes of these row numbers, in that order."""
+        if self._truth is None:
+            raise ArtifactError(f"nothing was planted in {self.path}: its rows have no known codes")
+        n = len(self._truth.directions)
+        return read_codes(
+            self.path, torch.from_numpy(self._maps.shard_first.copy()), refs.cpu().long(), n
+        )
+
+    @cached_property
+    def _truth(self) -> Truth | None:
+        return read_truth(self.path) if (self.path / TRUTH).exists() else None
 
     def document(self, number: int) -> Document:
         """Return one document with its text and label."""

@@ -1,105 +1,91 @@
-"""Stores with a planted dictionary: the directions behind the activations are known.
+"""Stores with a planted dictionary: the directions behind the activations, and every row's codes,
+are known.
 
-x = a D + b + noise: D holds unit-norm directions drawn at random, a is sparse and non-negative.
-Each code is on with probability l0 / n_features, independently, with magnitude |1 + 0.25 g|, g
-standard normal. The truth lies beside the shards as `truth.safetensors`: `directions` (n_features,
-d) and `bias` (d).
+Each kind of world is a file: `flat` (with `bidirectional` and `opposed`), `hierarchy`, `benchmark`.
+The truth lies beside the shards; see `planted`.
 """
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Tag
 from torch import Tensor
 
 from saelab.artifacts import Draft
-from saelab.config import Config
 from saelab.ops.shuffle import generator
-from saelab.store import format as fmt
+from saelab.store.benchmark import BenchmarkConfig, BenchmarkWorld
+from saelab.store.flat import FlatConfig, FlatWorld
+from saelab.store.hierarchy import HierarchyConfig, HierarchyWorld
+from saelab.store.planted import RowsConfig, World, write_codes, write_truth
 from saelab.store.writer import StoreWriter
-from saelab.types import Document, Shard, TokenTable, is_heldout
+from saelab.types import Document, Shard, SparseLatents, TokenTable, is_heldout
 
-TRUTH = "truth.safetensors"
 SITE = "synthetic"
 
 
-class SyntheticConfig(Config):
-    """A store made from planted directions instead of a language model."""
-
-    n_features: int = Field(64, gt=0)
-    """Number of planted directions."""
-    d: int = Field(32, gt=0)
-    """Width of the activations."""
-    l0: float = Field(4.0, gt=0)
-    """Mean number of active directions per row."""
-    n_rows: int = Field(20_000, gt=0)
-    noise: float = Field(0.0, ge=0)
-    """Standard deviation of isotropic noise in each coordinate."""
-    bias: float = Field(0.0, ge=0)
-    """Norm of a constant vector that is added to every row."""
-    window: int = Field(32, gt=0)
-    """Rows per window; each window is a document of its own."""
-    holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of the documents that is held out."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    rows_per_shard: int = Field(32_768, gt=0)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _possible(self) -> "SyntheticConfig":
-        if self.l0 > self.n_features:
-            raise ValueError(f"l0 ({self.l0}) must not exceed n_features ({self.n_features})")
-        if self.window > self.rows_per_shard:
-            raise ValueError("window must not exceed rows_per_shard")
-        return self
+def _kind(data: Any) -> str:
+    kind = data.get("kind") if isinstance(data, dict) else getattr(data, "kind", None)
+    return kind if kind in ("hierarchy", "benchmark") else "flat"
 
 
-def truth(config: SyntheticConfig) -> tuple[Float[Tensor, "n_features d"], Float[Tensor, " d"]]:
-    """Return the planted unit-norm directions and the constant vector."""
-    seeded = generator(config.seed, 0)
-    directions = torch.randn(config.n_features, config.d, generator=seeded)
-    constant = torch.randn(config.d, generator=seeded)
-    directions /= directions.norm(dim=1, keepdim=True)
-    return directions, constant * (config.bias / constant.norm())
+SyntheticConfig = Annotated[
+    Annotated[FlatConfig, Tag("flat")]
+    | Annotated[HierarchyConfig, Tag("hierarchy")]
+    | Annotated[BenchmarkConfig, Tag("benchmark")],
+    Discriminator(_kind),
+]
+"""A store made from planted directions instead of a language model; `kind` says which."""
 
 
-def codes(config: SyntheticConfig, shard: int, n: int) -> Float[Tensor, "n n_features"]:
-    """Return the planted codes of the first `n` rows of a shard."""
-    seeded = generator(config.seed, 1, shard)
-    on = torch.rand(n, config.n_features, generator=seeded) < config.l0 / config.n_features
-    return on * (1 + 0.25 * torch.randn(n, config.n_features, generator=seeded)).abs()
+def make_world(config: SyntheticConfig) -> World:
+    """Return the planted world that a configuration describes."""
+    if isinstance(config, HierarchyConfig):
+        return HierarchyWorld(config)
+    if isinstance(config, BenchmarkConfig):
+        return BenchmarkWorld(config)
+    return FlatWorld(config)
 
 
 def fill_synthetic(draft: Draft, config: SyntheticConfig) -> dict[str, Any]:
     """Fill an artifact's draft with a planted store; return the manifest's facts."""
-    directions, bias = truth(config)
+    world = make_world(config)
     whole = config.rows_per_shard // config.window * config.window
     sites = {SITE: config.d}
     with StoreWriter(draft, sites, config.dtype, rows_per_shard=config.rows_per_shard) as writer:
         median = 0.0
         for number, first in enumerate(range(0, config.n_rows, whole)):
-            n = min(whole, config.n_rows - first)
             if number and number < writer.n_shards:
                 continue
-            a = codes(config, number, n)
-            x = a @ directions + bias
-            if config.noise:
-                seeded = generator(config.seed, 2, number)
-                x += config.noise * torch.randn(n, config.d, generator=seeded)
+            x, strongest, codes = _rows(world, config, number, min(whole, config.n_rows - first))
             if number == 0:
                 median = float(x.norm(dim=1).median())
             if number >= writer.n_shards:
-                writer.append(_shard(config, first, x, a.argmax(1)))
-        draft.write(TRUTH, fmt.to_bytes({"directions": directions, "bias": bias}))
+                write_codes(draft, number, codes)
+                writer.append(_shard(config, first, x, strongest))
+        write_truth(draft, world.truth)
         facts = {"synthetic": config.plain(), "model": None, "model_fingerprint": None}
         return writer.finish(median_norm={SITE: median}, facts=facts)
 
 
-def _shard(
-    config: SyntheticConfig, first: int, x: Float[Tensor, "n d"], strongest: Tensor
-) -> Shard:
+def _rows(
+    world: World, config: SyntheticConfig, shard: int, n: int
+) -> tuple[Float[Tensor, "n d"], Tensor, list[SparseLatents]]:
+    """Return a shard's rows, the strongest feature of each, and their codes."""
+    truth = world.truth
+    parts, strongest, codes = [], [], []
+    for a in world.codes(shard, n):
+        parts.append(a @ truth.directions + truth.bias)
+        strongest.append(a.abs().argmax(1))
+        codes.append(SparseLatents.from_dense(a))
+    x = torch.cat(parts)
+    if isinstance(config, FlatConfig) and config.noise:
+        x += config.noise * torch.randn(n, config.d, generator=generator(config.seed, 2, shard))
+    return x, torch.cat(strongest), codes
+
+
+def _shard(config: RowsConfig, first: int, x: Float[Tensor, "n d"], strongest: Tensor) -> Shard:
     """Lay rows out in windows; each token is called after its strongest direction."""
     n = len(x)
     rows = torch.arange(first, first + n)
@@ -127,6 +113,6 @@ def _shard(
     return Shard({SITE: x}, mask, table, heldout, tuple(documents))
 
 
-def _document(config: SyntheticConfig, number: int, text: str) -> Document:
+def _document(config: RowsConfig, number: int, text: str) -> Document:
     sha = hashlib.sha256(f"{config.seed}:{number}:{text}".encode()).hexdigest()
     return Document(number, sha, is_heldout(sha, config.holdout), text)

@@ -151,6 +151,17 @@ def test_the_scorecard_has_a_column_per_arm_and_errors_beside_values():
     assert "± 0.010" in found.text
 
 
+def test_planted_truth_adds_details_but_no_arms_to_the_scorecard():
+    truth = [
+        row(name, 0.5, arm) | {"evaluator": "truth"}
+        for name, arm in (("mcc", "dictionary"), ("dead_share", "dictionary"), ("l0", "oracle"))
+    ]
+    rows = [row("fvu", 0.2), row("dead_share", 0.25), *truth]
+    assert "oracle" not in scores.scorecard(rows)
+    assert scores.details(rows).count("dead share") == 1
+    assert "mcc" in scores.details(rows)
+
+
 def test_points_are_the_arms_that_have_both_l0_and_fvu():
     rows = [row("fvu", 0.2), row("l0", 32.0), row("fvu", 0.4, "token_mean"), row("fvu", 0.3, "pca"),
             row("l0", 32.0, "pca")]  # fmt: skip

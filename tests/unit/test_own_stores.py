@@ -7,10 +7,10 @@ from crash import assert_survives_every_crash
 from safetensors.torch import load_file
 
 from saelab import artifacts
-from saelab.errors import ConfigError, NonFiniteError, ShapeError
-from saelab.store import ArraysConfig, from_arrays, open_store
-from saelab.store import synthetic as planted
-from saelab.store.synthetic import SyntheticConfig, fill_synthetic
+from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError
+from saelab.store import ArraysConfig, from_arrays, open_store, planted
+from saelab.store.flat import FlatConfig, FlatWorld
+from saelab.store.synthetic import SITE, fill_synthetic
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def plant(out, config):
     return artifacts.artifact_path(out, "store", "planted", "9" * 64)
 
 
-SMALL = SyntheticConfig(n_features=12, d=6, l0=2, n_rows=300, window=10, rows_per_shard=128, seed=3)
+SMALL = FlatConfig(n_features=12, d=6, l0=2, n_rows=300, window=10, rows_per_shard=128, seed=3)
 
 
 def test_planted_rows_are_codes_times_directions(tmp_path):
@@ -141,16 +141,38 @@ def test_planted_rows_are_codes_times_directions(tmp_path):
     store = open_store(path)
     truth = load_file(path / planted.TRUTH)
     torch.testing.assert_close(truth["directions"].norm(dim=1), torch.ones(12))
-    a = torch.cat([planted.codes(SMALL, shard, n) for shard, n in enumerate((120, 120, 60))])
-    x = torch.cat([b.x for b in store.scan(planted.SITE, batch=64)])
+    a = torch.cat(
+        [next(FlatWorld(SMALL).codes(shard, n)) for shard, n in enumerate((120, 120, 60))]
+    )
+    x = torch.cat([b.x for b in store.scan(SITE, batch=64)])
     torch.testing.assert_close(x, a @ truth["directions"], rtol=1e-5, atol=1e-5)
     assert (a >= 0).all()
     assert abs(float((a > 0).sum(1).float().mean()) - 2) < 0.3
 
 
+def test_the_truth_of_any_rows_can_be_read_back_in_any_order(tmp_path):
+    store = open_store(plant(tmp_path, SMALL))
+    truth = store.truth()
+    assert truth is not None
+    refs = torch.tensor([299, 3, 130, 131, 3, 0])
+    a = store.codes(refs).dense()
+    x = store.rows(SITE, refs)
+    torch.testing.assert_close(x, a @ truth.directions + truth.bias, rtol=1e-5, atol=1e-5)
+    assert truth.parents.tolist() == [-1] * 12
+
+
+def test_a_store_of_bare_arrays_has_no_truth(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((20, 3), dtype=np.float32))
+    config = ArraysConfig.parse({"sites": {"a": tmp_path / "a.npy"}})
+    store = open_store(from_arrays(config, tmp_path / "out", "a"))
+    assert store.truth() is None
+    with pytest.raises(ArtifactError, match="nothing was planted"):
+        store.codes(torch.tensor([0]))
+
+
 def test_planted_tokens_are_called_after_their_strongest_direction(tmp_path):
     store = open_store(plant(tmp_path, SMALL))
-    window = store.window(planted.SITE, 12)
+    window = store.window(SITE, 12)
     assert window.strings == tuple(f"f{i} " for i in window.ids)
     assert len(window) == 10
     assert "".join(window.strings) == store.document(12).text
@@ -161,9 +183,9 @@ def test_noise_and_bias_are_as_asked(tmp_path):
     path = plant(tmp_path, config)
     truth = load_file(path / planted.TRUTH)
     assert float(truth["bias"].norm()) == pytest.approx(3.0)
-    x = torch.cat([b.x for b in open_store(path).scan(planted.SITE, batch=500)])
+    x = torch.cat([b.x for b in open_store(path).scan(SITE, batch=500)])
     sizes = [120] * 16 + [80]
-    a = torch.cat([planted.codes(config, shard, n) for shard, n in enumerate(sizes)])
+    a = torch.cat([next(FlatWorld(config).codes(shard, n)) for shard, n in enumerate(sizes)])
     assert float((x - a @ truth["directions"] - truth["bias"]).std()) == pytest.approx(
         0.5, abs=0.03
     )
@@ -171,7 +193,7 @@ def test_noise_and_bias_are_as_asked(tmp_path):
 
 def test_impossible_plans_are_refused():
     with pytest.raises(ConfigError, match="must not exceed n_features"):
-        SyntheticConfig.parse({"n_features": 3, "l0": 4})
+        FlatConfig.parse({"n_features": 3, "l0": 4})
 
 
 def test_a_crash_while_planting_changes_no_byte(tmp_path):
