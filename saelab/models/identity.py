@@ -71,8 +71,8 @@ def _identify_toy(source: str, dtype: str) -> ModelIdentity:
 
 def _folder_of(source: str) -> tuple[Path, str, str]:
     """Return the Hugging Face folder of a source, its name and a checksum of its content."""
-    resolved = assets.resolve(source)
-    content = assets.identity(source)
+    resolved = assets.resolve(source, "model")
+    content = assets.identity(source, "model")
     if resolved.path.is_dir():
         return resolved.path, resolved.name, content
     if resolved.path.suffix != ".gguf":

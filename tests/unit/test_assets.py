@@ -74,7 +74,33 @@ def test_a_named_asset_is_verified_and_its_identity_needs_no_fetch(cache, index,
     assert states["smollm2-135m"] == "not fetched"
     assets.resolve("tiny").path.write_bytes(b"altered")
     assert {a.name: s for a, s in assets.verify()}["tiny"] == "altered"
-    assert {listing.asset.name for listing in assets.list_assets()} == set(assets.CATALOGUE)
+    assert assets.cached("tiny").read_bytes() == b"altered"
+
+
+@pytest.mark.parametrize("altered", [b"short", b"X" + TEXT[1:]])
+def test_an_altered_file_is_fetched_again(cache, index, altered):
+    path = assets.resolve(SOURCE).path
+    path.write_bytes(altered)
+    assert assets.resolve(SOURCE).path.read_bytes() == TEXT
+    path.write_bytes(altered)
+    next(index.iterdir()).unlink()
+    with pytest.raises(AssetError, match="was altered there"):
+        assets.resolve(SOURCE)
+    assert path.read_bytes() == altered
+
+
+def test_an_unknown_name_gets_the_names_of_its_kind_and_toy():
+    with pytest.raises(AssetError) as model:
+        assets.resolve("zzz", "model")
+    assert "known: 'toy', 'smollm2-135m'. Other forms:" in str(model.value)
+    with pytest.raises(AssetError) as text:
+        assets.resolve("zzz", "text")
+    assert "smollm2" not in str(text.value)
+    assert "'20newsgroups'" in str(text.value)
+    with pytest.raises(AssetError, match="did you mean 'toy'"):
+        assets.resolve("toyy")
+    with pytest.raises(AssetError, match="built in"):
+        assets.resolve("toy")
 
 
 def test_a_wrong_checksum_keeps_nothing(cache, index, monkeypatch):

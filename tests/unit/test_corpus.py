@@ -1,8 +1,11 @@
 """The corpus: texts of every source become windows whose tokens know where they came from."""
 
 import bz2
+import gzip
 import hashlib
 import json
+import logging
+import random
 import zipfile
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from saelab.errors import AssetError, ConfigError, CorpusError
 from saelab.harvest import corpus as corpora
 from saelab.harvest.corpus import CorpusConfig, CorpusReport
 from saelab.protocols import LanguageModel
-from saelab.types import TokenRun
+from saelab.types import TokenRun, is_heldout
 
 
 class Letters(LanguageModel):
@@ -266,6 +269,54 @@ def test_a_broken_zip_is_named(tmp_path):
         read(source=str(tmp_path / "a.zip"))
 
 
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.csv.bz2", "a.zip", "a.jsonl.gz"])
+def test_archives_that_are_cut_short_or_damaged_are_named(tmp_path, name):
+    data = b'text\n{"text": "x"}\n' + random.Random(0).randbytes(90_000).hex().encode()
+    path = tmp_path / name
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.csv", data)
+        whole = path.read_bytes()
+        broken = [whole[:200] + b"\xff" * 400 + whole[600:], b"PK" + whole[:-40]]
+    else:
+        whole = (gzip if name.endswith("gz") else bz2).compress(data)
+        broken = [whole[:-30], whole[: len(whole) // 2], b"junk" + whole]
+    for content in broken:
+        path.write_bytes(content)
+        with pytest.raises(CorpusError, match=r"a\.(csv|zip|jsonl)"):
+            read(source=str(path))
+
+
+def test_a_table_with_lone_carriage_returns_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\ngood\nbad\rline\n")
+    with pytest.raises(CorpusError, match=r"a\.csv, line 3 .*LF or CR LF"):
+        read(source=str(path))
+
+
+def test_malformed_json_lines_are_reported_once(tmp_path, capfd, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": oops\n')
+    with pytest.raises(CorpusError, match=r"a\.jsonl cannot be read"):
+        read(source=str(path))
+    assert capfd.readouterr().err == ""
+    assert caplog.text == ""
+    assert logging.getLogger("datasets").getEffectiveLevel() < logging.CRITICAL
+
+
+def test_records_without_a_text_are_empty_documents(tmp_path):
+    rows = [{"text": None, "n": 0}, {"text": "a" * 40, "n": 1}, {"text": None, "n": 2}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows, report = read(source=str(path), tokens=40)
+    assert (len(windows), report.empty) == (3, 2)
+    with pytest.raises(CorpusError, match="column 'n' should hold text, but holds int"):
+        read(source=str(path), text_field="n")
+    rows = [{"body": None, "n": 0}, {"body": "a" * 40, "n": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read(source=str(path), tokens=40)[0]) == 3
+
+
 # ----------------------------------------------------------------------------------------- sources
 
 
@@ -362,8 +413,10 @@ def test_hub_names_may_carry_a_configuration_and_a_commit(monkeypatch):
     assert sources.checksum("hub:org/data:small@abc") == "hub:org/data:small@abc"
 
 
-def test_a_hub_that_cannot_be_reached_says_how_to_pin(monkeypatch):
+def test_a_hub_that_cannot_be_reached_says_how_to_pin(monkeypatch, tmp_path):
     from saelab.harvest import sources
+
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path))
 
     def fail(self, name):
         raise OSError("no network")
@@ -371,6 +424,72 @@ def test_a_hub_that_cannot_be_reached_says_how_to_pin(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
     with pytest.raises(CorpusError, match="pin it: hub:org/data@COMMIT"):
         sources.checksum("hub:org/data")
+
+
+def test_the_hubs_commit_is_remembered_for_use_without_network(monkeypatch, tmp_path):
+    import httpx
+
+    from saelab.harvest import sources
+
+    def fail(self, name):
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
+    answer = SimpleNamespace(sha="c0ffee")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name: answer)
+    online = sources.checksum("hub:org/data:small")
+    assert online == "hub:org/data:small@c0ffee"
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    assert sources.checksum("hub:org/data:small") == online
+    with pytest.raises(CorpusError, match=r"no network.*pin it"):
+        sources.checksum("hub:org/other")
+    (tmp_path / "cache" / "hub.json").write_text("torn {")
+    with pytest.raises(CorpusError, match="pin it"):
+        sources.checksum("hub:org/data")
+
+
+def test_a_data_set_that_cannot_be_downloaded_is_one_error(monkeypatch):
+    import httpx
+
+    def fail(builder, **arguments):
+        raise httpx.ConnectError("no route to host")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(CorpusError, match="hub:org/data cannot be read: no route to host"):
+        read(source="hub:org/data")
+
+
+@pytest.mark.parametrize("tokens", [60, 2000])
+def test_one_big_text_file_is_refused_with_the_way_to_cut_it(tmp_path, tokens):
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(texts(50)))
+    config = CorpusConfig(source=str(path), tokens=tokens, context=16, min_tail=5)
+    wanted = (
+        r"book\.txt gives documents: 1, and none .*held out.*corpus\.sample_by.*corpus\.holdout"
+    )
+    with pytest.raises(CorpusError, match=wanted):
+        assert corpora.surely_enough(config) or corpora.survey(config, Letters())
+    cut = config.model_copy(update={"sample_by": "paragraph", "tokens": 1000})
+    assert corpora.surely_enough(cut) or corpora.survey(cut, Letters()).heldout_documents > 0
+    whole = config.model_copy(update={"holdout": 0.0})
+    assert corpora.surely_enough(whole) or corpora.survey(whole, Letters()).documents == 1
+
+
+def test_a_corpus_that_is_held_out_altogether_is_refused(tmp_path):
+    source = as_lines(tmp_path / "a.txt", texts(3))
+    config = CorpusConfig(source=source, tokens=60, context=16, holdout=0.999999, sample_by="line")
+    with pytest.raises(CorpusError, match=r"documents: \d+, and all of them are held out"):
+        corpora.survey(config, Letters())
+
+
+def test_many_characters_are_not_enough_while_the_split_is_open(tmp_path):
+    rows = [
+        row for row in texts(200) if not is_heldout(hashlib.sha256(row.encode()).hexdigest(), 0.3)
+    ]
+    source = as_lines(tmp_path / "a.txt", rows)
+    config = CorpusConfig(source=source, tokens=100, context=16, holdout=0.3, sample_by="line")
+    assert not corpora.surely_enough(config)
+    assert corpora.surely_enough(config.model_copy(update={"holdout": 0.0}))
 
 
 def test_a_survey_counts_without_a_model_run(lines):

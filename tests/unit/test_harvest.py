@@ -176,7 +176,9 @@ def test_a_crash_at_any_write_fsync_or_rename_changes_no_byte(tmp_path, toy_mode
     source = write_corpus(tmp_path / "corpus.csv", 3)
 
     def stage(out):
-        return fill(out, toy_model, source, tokens=120, shard=64, sites=[SITES[0]])
+        return fill(
+            out, toy_model, source, tokens=120, shard=64, sites=[SITES[0]], corpus={"holdout": 0}
+        )
 
     assert_survives_every_crash(stage, tmp_path)
 

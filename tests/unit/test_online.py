@@ -83,7 +83,7 @@ def test_what_only_a_disk_offers_is_refused(online):
 
 
 def test_nan_in_a_kept_row_is_named(toy_corpus, broken):
-    corpus = CorpusConfig(source=str(toy_corpus), tokens=200, context=32)
+    corpus = CorpusConfig(source=str(toy_corpus), tokens=200, context=32, holdout=0)
     model = broken(SITES[0], 2 + ord(":"), float("nan"))
     online = OnlineStore(model, corpus, HarvestConfig(sites=SITES))
     with pytest.raises(NonFiniteError, match=r"position \d+, document \d+"):
