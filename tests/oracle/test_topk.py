@@ -91,12 +91,12 @@ def test_the_default_aux_k_is_half_the_width_and_at_most_d_sae():
     assert create({"type": "topk", "d_in": 64, "d_sae": 8, "k": 2}).config.resolved_aux_k == 8
 
 
-def test_init_ties_encoder_and_unit_norm_decoder_and_centres_on_the_median():
+def test_init_sets_unit_norm_decoder_half_as_encoder_and_the_median():
     x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) + 3
     d = create({"type": "topk", "d_in": 8, "d_sae": 24, "k": 3})
     d.init_(x, torch.Generator().manual_seed(1))
     torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(24))
-    assert torch.equal(d.W_enc, d.W_dec)
+    assert torch.equal(d.W_enc, d.W_dec / 2)
     torch.testing.assert_close(d.b_dec, x.median(0).values, atol=0.2, rtol=0)
     torch.testing.assert_close(d.variance, x.var(0, correction=0).sum())
 
