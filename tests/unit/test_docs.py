@@ -2,13 +2,16 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 from saelab import errors
 from saelab.catalogue import CATALOGUE
+from saelab.config import parse_yaml
 from saelab.dictionaries import REGISTRY
+from saelab.run_config import RunConfig
 from saelab.store.format import COLUMNS
 from saelab.types import Mask
 
@@ -65,6 +68,19 @@ def test_the_index_links_to_every_page_of_the_docs():
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text())}
     assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {index} <= linked
+
+
+def test_the_page_of_the_configuration_is_what_the_code_says():
+    page = runpy.run_path(str(ROOT / "docs" / "make_config.py"))["page"]()
+    assert (ROOT / "docs" / "config.md").read_text() == page, "run python docs/make_config.py"
+    for key in ("sample_by", "aux_weight", "lr", "pursuit_rows"):
+        assert f"| `{key}` |" in page
+
+
+def test_the_configurations_on_the_page_of_the_store_are_valid():
+    text = (ROOT / "docs" / "store.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert RunConfig.parse(parse_yaml(example)).store is not None
 
 
 def test_every_named_asset_stands_on_the_page_of_licences():

@@ -1,0 +1,105 @@
+"""Writes docs/config.md, the list of every configuration key: `python docs/make_config.py`."""
+
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from saelab import run_config
+from saelab.config import Config
+from saelab.dictionaries import REGISTRY, config_class
+
+PAGE = Path(__file__).parent / "config.md"
+
+_HEAD = """# Configuration
+
+What `saelab run CONFIG` takes: a YAML file of these keys. On the command line `key.sub=value` sets
+one, `dictionaries.0.k=64` one of a list. A key that is not here is refused, and the nearest is
+named.
+
+This page is made from the code by `python docs/make_config.py`.
+"""
+
+
+def page() -> str:
+    """Return the page: one table per section, from the docstrings under the fields."""
+    parts = [_HEAD, *_sections("", run_config.RunConfig)]
+    for name in sorted(REGISTRY):
+        parts.append(
+            _section(f"dictionaries: type {name}", config_class(name), leave_out=("d_in",))
+        )
+    title = "dictionaries: keys of every type"
+    parts.append(_section(title, run_config._MemberTraining))
+    return "\n".join(parts)
+
+
+def _sections(path: str, model: type[Config]) -> list[str]:
+    """Return the table of a configuration, then those of the configurations inside it."""
+    parts = [_section(path or "The whole file", model)]
+    for key, field in model.model_fields.items():
+        inner = _inner(field.annotation)
+        if inner is not None:
+            parts += _sections(f"{path}.{key}".lstrip("."), inner)
+    return parts
+
+
+def _section(title: str, model: type[Config], leave_out: tuple[str, ...] = ()) -> str:
+    lines = [f"## {title}", "", (model.__doc__ or "").strip(), ""]
+    lines += ["| key | values | default | |", "|---|---|---|---|"]
+    for key, field in model.model_fields.items():
+        if key not in leave_out:
+            cells = (f"`{key}`", _values(field.annotation), _default(field), _text(field))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _inner(annotation: Any) -> type[Config] | None:
+    for choice in typing.get_args(annotation) or (annotation,):
+        if isinstance(choice, type) and issubclass(choice, Config):
+            return choice
+    return None
+
+
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path"}
+
+
+def _values(annotation: Any) -> str:
+    """Return what a key may hold, in the words of YAML."""
+    origin, choices = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is typing.Annotated:
+        return _values(choices[0])
+    if origin is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in choices)
+    if origin in (types.UnionType, typing.Union):
+        return ", ".join(map(_values, choices))
+    if origin in (list, tuple):
+        return f"list of {_values(choices[0])}"
+    if _inner(annotation) is not None or origin is dict:
+        return "section"
+    return _WORDS.get(annotation, "any")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Config):
+        return "as below"
+    if isinstance(value, list | tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    if value is None:
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _text(field: FieldInfo) -> str:
+    return re.sub(r"\s+", " ", field.description or "").replace("|", r"\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
