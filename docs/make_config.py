@@ -40,9 +40,12 @@ def _sections(path: str, model: type[Config]) -> list[str]:
     """Return the table of a configuration, then those of the configurations inside it."""
     parts = [_section(path or "The whole file", model)]
     for key, field in model.model_fields.items():
-        inner = _inner(field.annotation)
-        if inner is not None:
-            parts += _sections(f"{path}.{key}".lstrip("."), inner)
+        kinds = _inner(field.annotation)
+        for inner in kinds:
+            title = f"{path}.{key}".lstrip(".")
+            if len(kinds) > 1:
+                title += f": kind {inner.model_fields['kind'].default}"
+            parts += _sections(title, inner)
     return parts
 
 
@@ -56,11 +59,13 @@ def _section(title: str, model: type[Config], leave_out: tuple[str, ...] = ()) -
     return "\n".join([*lines, ""])
 
 
-def _inner(annotation: Any) -> type[Config] | None:
-    for choice in typing.get_args(annotation) or (annotation,):
-        if isinstance(choice, type) and issubclass(choice, Config):
-            return choice
-    return None
+def _inner(annotation: Any) -> list[type[Config]]:
+    """Return the configurations that a key may hold, through unions and annotations."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    if typing.get_origin(annotation) in (list, tuple, dict):
+        return []
+    return [inner for choice in typing.get_args(annotation) for inner in _inner(choice)]
 
 
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path"}
@@ -76,10 +81,10 @@ def _values(annotation: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in choices)
     if origin in (types.UnionType, typing.Union):
-        return ", ".join(map(_values, choices))
+        return ", ".join(dict.fromkeys(map(_values, choices)))
     if origin in (list, tuple):
         return f"list of {_values(choices[0])}"
-    if _inner(annotation) is not None or origin is dict:
+    if _inner(annotation) or origin is dict:
         return "section"
     return _WORDS.get(annotation, "any")
 
