@@ -44,7 +44,8 @@ def _sections(path: str, model: type[Config]) -> list[str]:
         for inner in kinds:
             title = f"{path}.{key}".lstrip(".")
             if len(kinds) > 1:
-                title += f": kind {inner.model_fields['kind'].default}"
+                kind = typing.get_args(inner.model_fields["kind"].annotation)
+                title += f": kind {', '.join(kind)}"
             parts += _sections(title, inner)
     return parts
 
