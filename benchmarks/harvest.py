@@ -5,17 +5,22 @@
     python benchmarks/harvest.py --memory --model toy  the same on the toy, in a minute
 
 The bare pass is `model.capture` on full windows, with nothing done to what comes out. Harvest is
-the whole stage: counting, tokenizing, tails, masks, statistics, writing, flushing and hashing.
+the whole stage: counting, tokenizing, tails, masks, statistics, writing, flushing and hashing. The
+two alternate forward pass by forward pass, since a machine's speed drifts within seconds; half of
+the background writing then falls on the bare passes, so a second ratio puts that half on harvest.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +30,7 @@ from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.models import load_model
 from saelab.protocols import LanguageModel
 from saelab.store import StoreWriter
+from saelab.types import Shard
 
 
 def corpus_of(arguments: argparse.Namespace, tokens: int) -> CorpusConfig:
@@ -37,13 +43,17 @@ def config_of(arguments: argparse.Namespace, model: LanguageModel) -> HarvestCon
 
 
 def whole_harvest(
-    model: LanguageModel, corpus: CorpusConfig, config: HarvestConfig, out: Path
+    model: Any,
+    corpus: CorpusConfig,
+    config: HarvestConfig,
+    out: Path,
+    writer_class: type[StoreWriter] = StoreWriter,
 ) -> None:
     """Make a finished store under `out`."""
     dtype = store_dtype(config, model.dtype)
     widths = {site: model.site(site).width for site in config.sites}
     with artifacts.open_draft(out, "store", "bench", "0" * 64) as draft:
-        with StoreWriter(draft, widths, dtype, rows_per_shard=config.rows_per_shard) as writer:
+        with writer_class(draft, widths, dtype, rows_per_shard=config.rows_per_shard) as writer:
             facts = harvest(model, corpus, config, writer)
         draft.finish(stage="store", name="bench", inputs={}, parents=[], facts=facts)
 
@@ -57,31 +67,67 @@ def full_windows(
     return list(whole.to(model.device).split(max(1, batch_tokens // corpus.context)))
 
 
+class Interleaved:
+    """A model whose every forward pass is preceded by a bare one: both see the same machine.
+
+    The background writer overlaps both kinds of passes.
+    """
+
+    def __init__(self, model: LanguageModel, batches: list[torch.Tensor]) -> None:
+        self._model = model
+        self._batches = itertools.cycle(batches)
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def capture(self, tokens: torch.Tensor, sites: Sequence[str], lengths: Any = None) -> Any:
+        started = time.perf_counter()
+        batch = next(self._batches)
+        self._model.capture(batch, sites)
+        self.seconds += time.perf_counter() - started
+        self.tokens += batch.numel()
+        return self._model.capture(tokens, sites, lengths)
+
+
+class TimedWriter(StoreWriter):
+    """A writer that knows how long its background thread was busy."""
+
+    busy = 0.0
+
+    def _write(self, number: int, shard: Shard, given: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        super()._write(number, shard, given)
+        TimedWriter.busy += time.perf_counter() - started
+
+
 def speed(arguments: argparse.Namespace) -> None:
-    """Print tokens/s of both and their ratio; each round runs both, one after the other."""
+    """Print tokens/s of both and their ratio, forward pass by forward pass."""
     model = load_model(arguments.model, dtype=arguments.dtype)
     corpus, config = corpus_of(arguments, arguments.tokens), config_of(arguments, model)
-    batches = full_windows(model, corpus, config.batch_tokens)
-    bare, ours = [], []
-    model.capture(batches[0], config.sites)
+    batches = full_windows(model, corpus, config.batch_tokens)[:-1]
+    for _ in range(3):
+        model.capture(batches[0], config.sites)
+    ratios, careful = [], []
     for number in range(arguments.rounds):
-        started = time.perf_counter()
-        for tokens in batches:
-            model.capture(tokens, config.sites)
-        bare.append(sum(tokens.numel() for tokens in batches) / (time.perf_counter() - started))
+        both = Interleaved(model, batches)
+        TimedWriter.busy = 0.0
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            whole_harvest(model, corpus, config, Path(folder))
-            ours.append(corpus.tokens / (time.perf_counter() - started))
-        print(json.dumps({"round": number, "bare": bare[-1], "harvest": ours[-1]}), flush=True)
-    ratio = statistics.median(b / a for a, b in zip(bare, ours, strict=True))
+            whole_harvest(both, corpus, config, Path(folder), TimedWriter)
+            ours = time.perf_counter() - started - both.seconds
+        bare = both.tokens / both.seconds
+        ratios.append(corpus.tokens / ours / bare)
+        careful.append(corpus.tokens / (ours + TimedWriter.busy / 2) / bare)
+        line = {"round": number, "bare": bare, "harvest": corpus.tokens / ours}
+        print(json.dumps(line | {"ratio": ratios[-1], "careful": careful[-1]}), flush=True)
     print(
         json.dumps(
             {
                 "what": "harvest as a share of the bare truncated forward pass",
-                "ratio": ratio,
-                "bare_tokens_per_second": statistics.median(bare),
-                "harvest_tokens_per_second": statistics.median(ours),
+                "ratio": statistics.median(ratios),
+                "ratio_with_all_writing_on_harvest": statistics.median(careful),
                 "model": model.name,
                 "dtype": str(model.dtype),
                 "site": config.sites[0],
