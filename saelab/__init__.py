@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = (
-    "evaluate", "fit", "index", "load", "load_model", "open_features", "open_store",
+    "evaluate", "fit", "index", "load", "load_model", "open_features", "open_online", "open_store",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from saelab.features.read import Features
 from saelab.harvest import corpus as corpora
 from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
+from saelab.harvest.online import OnlineStore
 from saelab.progress import Bar
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
@@ -47,6 +48,23 @@ def load_model(
 def open_store(path: str | Path) -> Store:
     """Open a finished store for reading. Raises ArtifactError if it is incomplete or altered."""
     return store.open_store(_artifact(path, "store"))
+
+
+def open_online(
+    model: LanguageModel,
+    corpus: CorpusConfig | Mapping[str, Any],
+    settings: HarvestConfig | Mapping[str, Any],
+) -> Store:
+    """Open a corpus as a store that lives in memory: every pass over it runs the model again.
+
+    For training where the disk is the limit; `corpus` and `settings` are the `corpus:` and
+    `harvest:` sections of a run. Batches equal a stored store's rows bit for bit.
+    """
+    if not isinstance(corpus, CorpusConfig):
+        corpus = CorpusConfig.parse(dict(corpus))
+    if not isinstance(settings, HarvestConfig):
+        settings = HarvestConfig.parse(dict(settings))
+    return OnlineStore(model, corpus, settings)
 
 
 def load(path: str | Path) -> Dictionary:

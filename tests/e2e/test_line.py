@@ -194,6 +194,16 @@ def test_an_index_in_memory_knows_which_model_it_was_made_with(made, tmp_path):
     assert fitted.d_sae == 16
 
 
+def test_a_dictionary_can_be_trained_without_a_disk():
+    corpus = {"source": "toy", "context": 32, "tokens": 1200, "holdout": 0.3}
+    store = saelab.open_online(
+        saelab.load_model("toy"), corpus, {"sites": ["blocks.1.hook_resid_post"]}
+    )
+    trained = saelab.fit({"type": "topk", "d_sae": 16, "k": 2}, store, {"batch": 64, "tokens": 640})
+    batch = next(iter(store.scan(store.sites[0], batch=32, split="heldout")))
+    assert trained.encode_sparse(batch.x).l0().max() <= 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
