@@ -25,6 +25,9 @@ WEIGHTS = "weights.safetensors"
 class DictionaryConfig(Config):
     """What every type's configuration holds; a type adds its own fields."""
 
+    needs_grad: ClassVar[bool] = False
+    """Whether the type is trained on `Batch.grad`: the store must hold gradients of its site."""
+
     type: Any
     """Name in the registry: a type narrows it to one literal."""
     d_in: PositiveInt
