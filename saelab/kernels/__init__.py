@@ -50,9 +50,11 @@ def over_rows(kernel: Callable[..., Any], n: int, *arguments: Any) -> None:
         kernel(0, n, *arguments)
         return
     step = -(-n // (threads * _PIECES))
-    starts = range(0, n, step)
-    stops = (min(start + step, n) for start in starts)
-    list(_pool(threads).map(lambda pair: kernel(*pair, *arguments), zip(starts, stops)))
+
+    def run(start: int) -> None:
+        kernel(start, min(start + step, n), *arguments)
+
+    list(_pool(threads).map(run, range(0, n, step)))
 
 
 @functools.cache
