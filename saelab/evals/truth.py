@@ -88,7 +88,7 @@ class TruthEvaluator:
     """Scores one dictionary against what was planted in one site of a store."""
 
     name = "truth"
-    version = 1
+    version = 2
 
     def __init__(self, config: TruthConfig | None = None, site: str | None = None) -> None:
         """Measure at `site`; by default the store's only one."""
@@ -226,6 +226,7 @@ def _direction_rows(arm: Arm, C: Float[Tensor, "m n"], truth: Truth) -> Iterator
         "mcc": metrics.mcc(C, pairs),
         "uniqueness": metrics.uniqueness(C),
         "matched_share": metrics.matched_share(C, pairs),
+        "matched_children": metrics.matched_children(C, pairs, truth.parents),
         "absorption": metrics.absorption(C, pairs, truth.parents),
     }
     units = {"mcc": "|cosine|", "absorption": "cosine"}

@@ -60,6 +60,23 @@ def matched_share(C: Float[Tensor, "m n"], pairs: Pairs) -> float:
     return float((C[pairs].abs() >= MATCHED).double().mean())
 
 
+def matched_children(
+    C: Float[Tensor, "m n"], pairs: Pairs, parents: Int[Tensor, " n"]
+) -> float | None:
+    """Return the share of planted children that are matched with |cosine| ≥ .9.
+
+    1 where every child has a latent of its own: only then does `absorption` speak of children.
+    None in a world without parents.
+    """
+    child = parents >= 0
+    if not bool(child.any()):
+        return None
+    latents, features = pairs
+    mine = child[features]
+    found = C[latents[mine], features[mine]].abs() >= MATCHED
+    return float(found.sum() / child.sum())
+
+
 def absorption(C: Float[Tensor, "m n"], pairs: Pairs, parents: Int[Tensor, " n"]) -> float | None:
     """Return the mean cosine of children's latents with their parents' planted directions.
 

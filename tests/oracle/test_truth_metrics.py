@@ -13,6 +13,7 @@ from saelab.metrics.truth import (
     assignment,
     best_thresholds,
     cosines,
+    matched_children,
     matched_share,
     mcc,
     overlap,
@@ -91,6 +92,21 @@ def test_absorption_is_the_childs_part_along_its_parent():
     assert score(absorbed) == pytest.approx(math.sqrt(0.5))
     assert score(-absorbed) == pytest.approx(math.sqrt(0.5))
     assert score(W, torch.full((3,), -1)) is None
+
+
+def test_matched_children_counts_the_children_that_have_a_latent():
+    W, parents = torch.eye(6)[:3], torch.tensor([-1, 0, 0])
+
+    def share(V, above=parents):
+        C = cosines(V, W)
+        return matched_children(C, assignment(C), above)
+
+    assert share(W) == 1
+    assert share(-W[[2, 0, 1]]) == 1
+    assert share(torch.stack([W[0], W[1] + W[0], W[2]])) == 0.5
+    assert share(W[:2]) == 0.5  # a child without a latent is not found
+    assert share(torch.eye(6)[3:]) == 0
+    assert share(W, torch.full((3,), -1)) is None
 
 
 def test_overlap_is_the_mean_of_each_rows_largest_cosine():

@@ -132,6 +132,8 @@ def test_a_hierarchy_has_an_absorption_row(tmp_path):
     config = HierarchyConfig(kind="hierarchy", n_rows=2500, holdout=0.3)
     found = scores(Planted(store := plant(tmp_path, config)), store)
     assert found["dictionary"]["absorption"] == pytest.approx(0, abs=1e-6)
+    assert found["dictionary"]["matched_children"] == 1
+    assert found["random_dictionary"]["matched_children"] == 0
     assert found["planted"]["overlap"] < 1e-5
 
 
