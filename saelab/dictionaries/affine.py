@@ -1,10 +1,13 @@
-"""What types with one dense affine encoder share: weights, initialisation, error, AuxK.
+"""The base of every type with one affine encoder and a linear decoder.
 
-pre = (x − b_dec) W_encᵀ + b_enc
+    pre = (x − b_dec) W_encᵀ + b_enc        x_hat = z W_dec + b_dec
+
+Here are the weights, how they start, the error in units of FVU, AuxK and the unit-norm decoder
+rows. A type adds the rule that makes codes z of pre-activations (`encode`) and its `loss`.
+`linear.py` builds types on it that select latents, `penalty.py` types that pay for firing.
 """
 
-from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,7 +21,7 @@ from saelab.protocols import GradientTrained
 
 
 class AffineConfig(DictionaryConfig):
-    """What the configurations of these types hold."""
+    """What the configurations of these types share."""
 
     aux_k: PositiveInt | None = None
     """Dead latents that AuxK lets explain a row's residual; default d_in/2, at most d_sae."""
@@ -31,44 +34,26 @@ class AffineConfig(DictionaryConfig):
         return min(self.aux_k or max(self.d_in // 2, 1), self.d_sae)
 
 
-def check_target(target_l0: float, d_sae: int) -> None:
-    """Raise ValueError for a mean L0 that no sparse code can have."""
-    if target_l0 >= d_sae:
-        raise ValueError(
-            f"target_l0={target_l0:g} is not below d_sae={d_sae}; choose a smaller target"
-        )
-
-
 class AffineDictionary(BaseDictionary, GradientTrained):
-    """A gradient-trained dictionary whose codes start from one affine map of x.
+    """A gradient-trained dictionary with one affine encoder, without a rule that makes codes."""
 
-    A type gives `_codes`. Its decoder rows keep unit norm unless `unit_decoder` is False.
-    """
+    config: Any
+    """An `AffineConfig`, which each type narrows."""
+    signed: ClassVar[bool] = False
+    """Whether codes may be negative, and size means absolute size."""
+    encoder_start: ClassVar[float] = 1.0
+    """Norm of the encoder's rows at the start, where the decoder's is 1."""
 
     def __init__(self, config: AffineConfig) -> None:
         """Allocate the weights."""
         super().__init__(config)
         self.unit_decoder = True
-        self.aux_k = config.resolved_aux_k
-        self.aux_weight = config.aux_weight
+        """Whether decoder rows keep unit norm."""
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.register_buffer("variance", torch.ones(()))
         self.variance: Tensor
-
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
-        return self._codes(self._rows(x)).reshape(*x.shape[:-1], self.d_sae)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return ((x - self.b_dec) @ self.W_enc.T).to(x.dtype)
-
-    def _pre(self, x: Tensor) -> Tensor:
-        return self._product(x) + self.b_enc
-
-    @abstractmethod
-    def _codes(self, x: Tensor) -> Tensor:
-        """Return the codes (n, d_sae) of rows (n, d_in)."""
+        """Total variance of the sample that the weights were initialised from."""
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: biases scale, the variance scales twice."""
@@ -76,30 +61,47 @@ class AffineDictionary(BaseDictionary, GradientTrained):
         self.b_enc.mul_(factor)
         self.variance.mul_(factor**2)
 
-    # ------------------------------------------------------------------------------- training
-
     @torch.no_grad()
     def init_(self, sample: Float[Tensor, "n d_in"], generator: torch.Generator) -> None:
-        """Set encoder = decoder = random unit rows, b_enc = 0, b_dec = geometric median."""
+        """Set decoder = random unit rows, encoder = `encoder_start` of them, b_enc = 0, b_dec =
+        geometric median."""
         directions = torch.randn(self.W_dec.shape, generator=generator)
         self.W_dec.copy_(linalg.unit_rows(directions))
-        self.W_enc.copy_(self.W_dec)
+        self.W_enc.copy_(self.W_dec).mul_(self.encoder_start)
         self.b_enc.zero_()
         self.b_dec.copy_(linalg.geometric_median(sample))
         self.variance.copy_((sample - sample.mean(0)).square().sum(-1).mean())
+
+    # -------------------------------------------------------------------------- parts of a loss
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """Return x − b_dec, where no gradient may reach b_dec."""
+        return x - self.b_dec.detach()
 
     def _fvu(self, error: Tensor) -> Tensor:
         """Return Σ error² per row over the variance of the sample the weights started from."""
         return error.square().sum() / (len(error) * self.variance)
 
-    def _auxk(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """Return the share of the residual that dead latents leave; it reaches only them."""
+    def _aux(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """Return AuxK of the dead latents; 0 where there are none, or where it is off."""
         ids = dead.nonzero()[:, 0]
-        if self.aux_weight == 0 or len(ids) == 0:
+        if self.config.aux_weight == 0 or len(ids) == 0:
             return error.new_zeros(())
+        return self._auxk(x, error, ids)
+
+    def _auxk(self, x: Tensor, error: Tensor, ids: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the share of the residual that the latents `ids` leave; it reaches only them.
+
+        Their pre-activations count `weight` times.
+        """
         W_enc, b_enc = self.W_enc.index_select(0, ids), self.b_enc.index_select(0, ids)
-        pre = (x - self.b_dec.detach()) @ W_enc.T + b_enc
-        return auxk_loss(error, pre, self.W_dec.index_select(0, ids), self.aux_k)
+        pre = self._centred(x) @ W_enc.T + b_enc
+        if weight is not None:
+            pre = pre * weight
+        W_dec = self.W_dec.index_select(0, ids)
+        return auxk_loss(error, pre, W_dec, self.config.resolved_aux_k, signed=self.signed)
+
+    # ----------------------------------------------------------------------------- constraints
 
     @torch.no_grad()
     def constrain_grad_(self) -> None:

@@ -73,12 +73,12 @@ class Gated(PenalisedDictionary):
         opened = gate.relu()
         x_gate = opened @ self.W_dec.detach() + self.b_dec.detach()
         fvu, fvu_gate = self._fvu(error), self._fvu(batch.y - x_gate)
-        aux = self._auxk(batch.x, error, dead)
+        aux = self._aux(batch.x, error, dead)
         penalty = opened.sum() / (len(batch) * self.variance.sqrt())
         weight = self._weight(progress)
         fires = z.detach() > 0
         return Loss(
-            total=fvu + fvu_gate + weight * penalty + self.aux_weight * aux,
+            total=fvu + fvu_gate + weight * penalty + self.config.aux_weight * aux,
             terms={
                 "fvu": fvu.detach(),
                 "fvu_gate": fvu_gate.detach(),

@@ -14,14 +14,15 @@ Autoencoders", arXiv 2407.14435.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from saelab.dictionaries.affine import AffineConfig, AffineDictionary, check_target
+from saelab.dictionaries.affine import AffineConfig
+from saelab.dictionaries.penalty import DenseDictionary, Share, check_target
 from saelab.ops import control, jump
 from saelab.protocols import Loss
 from saelab.types import Batch
@@ -43,7 +44,7 @@ class JumpReLUConfig(AffineConfig):
     """Mean L0 to reach."""
     sparsity_weight: PositiveFloat = 3.0
     """Weight λ of (L0 / target_l0 − 1)² beside the FVU-scaled error."""
-    sparsity_warmup: Annotated[float, Field(ge=0, le=1)] = 0.2
+    sparsity_warmup: Share = 0.2
     """Share of the run over which the weight rises from 0."""
     bandwidth: PositiveFloat = 0.1
     """Width of the kernel, in standard deviations of each latent's pre-activation at the start."""
@@ -62,7 +63,7 @@ class JumpReLUConfig(AffineConfig):
 
 
 @final
-class JumpReLU(AffineDictionary):
+class JumpReLU(DenseDictionary):
     """The JumpReLU dictionary; see the module's docstring for its equations."""
 
     config_class = JumpReLUConfig
@@ -103,13 +104,13 @@ class JumpReLU(AffineDictionary):
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""
         pre = self._pre(batch.x)
         error = batch.y - self.decode(jump.jump(pre, self.threshold, self.bandwidth))
-        fvu, aux = self._fvu(error), self._auxk(batch.x, error, dead)
+        fvu, aux = self._fvu(error), self._aux(batch.x, error, dead)
         fires = jump.step(pre, self.threshold, self.bandwidth)
         l0 = fires.sum() / len(batch)
         penalty = (l0 / self.config.target_l0 - 1).square()
         rise = control.ramp(progress, until=self.config.sparsity_warmup)
         return Loss(
-            total=fvu + self.config.sparsity_weight * rise * penalty + self.aux_weight * aux,
+            total=fvu + self.config.sparsity_weight * rise * penalty + self.config.aux_weight * aux,
             terms={"fvu": fvu.detach(), "aux": aux.detach(), "penalty": penalty.detach()},
             fired=fires.detach().any(0).nonzero()[:, 0],
             l0=l0.detach(),

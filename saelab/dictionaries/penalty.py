@@ -1,16 +1,48 @@
-"""The weight of a sparsity penalty: its rise, and the controller that steers it to a target L0."""
+"""What types share that pay for firing: dense codes, and a penalty steered to a target L0.
 
+Every latent of a row is looked at (`_codes`), and a penalty keeps most of them silent. Its weight
+rises at the start of a run; where there is a target, a controller moves it until L0 is there.
+"""
+
+from abc import abstractmethod
 from typing import Annotated
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from saelab.dictionaries.affine import AffineConfig, AffineDictionary, check_target
+from saelab.dictionaries.affine import AffineConfig, AffineDictionary
 from saelab.ops import control
 from saelab.protocols import Loss
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def check_target(target_l0: float, d_sae: int) -> None:
+    """Raise ValueError for a mean L0 that no sparse code can have."""
+    if target_l0 >= d_sae:
+        raise ValueError(
+            f"target_l0={target_l0:g} is not below d_sae={d_sae}; choose a smaller target"
+        )
+
+
+class DenseDictionary(AffineDictionary):
+    """A type whose codes come from all pre-activations of a row."""
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
+        return self._codes(self._rows(x)).reshape(*x.shape[:-1], self.d_sae)
+
+    @abstractmethod
+    def _codes(self, x: Tensor) -> Tensor:
+        """Return the codes (n, d_sae) of rows (n, d_in)."""
+
+    def _product(self, x: Tensor) -> Tensor:
+        return ((x - self.b_dec) @ self.W_enc.T).to(x.dtype)
+
+    def _pre(self, x: Tensor) -> Tensor:
+        return self._product(x) + self.b_enc
 
 
 class PenaltyConfig(AffineConfig):
@@ -35,7 +67,7 @@ class PenaltyConfig(AffineConfig):
         return cls.parse({"d_in": 8, "d_sae": 24, "target_l0": 3})
 
 
-class PenalisedDictionary(AffineDictionary):
+class PenalisedDictionary(DenseDictionary):
     """A type whose loss has a penalty times a weight that may be steered.
 
     The state of the controller are buffers, so an interrupted run goes on with the same bits.

@@ -53,13 +53,13 @@ class ReLU(PenalisedDictionary):
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""
         z = self._codes(batch.x)
         error = batch.y - self.decode(z)
-        fvu, aux = self._fvu(error), self._auxk(batch.x, error, dead)
+        fvu, aux = self._fvu(error), self._aux(batch.x, error, dead)
         per_latent = z.sum(0) if self.unit_decoder else z.sum(0) * self.W_dec.norm(dim=1)
         penalty = per_latent.sum() / (len(batch) * self.variance.sqrt())
         weight = self._weight(progress)
         fires = z.detach() > 0
         return Loss(
-            total=fvu + weight * penalty + self.aux_weight * aux,
+            total=fvu + weight * penalty + self.config.aux_weight * aux,
             terms={
                 "fvu": fvu.detach(),
                 "aux": aux.detach(),
