@@ -13,14 +13,22 @@ from saelab.types import Batch, Window
 class ArrayStore:
     """Arrays in memory: windows of 16 rows, one document each; every fifth is held out."""
 
-    def __init__(self, sites: Mapping[str, Tensor], *, window: int = 16) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, Tensor],
+        *,
+        window: int = 16,
+        grads: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._x = dict(sites)
+        self._grads = dict(grads or {})
         self._window = window
         self.path: Path | None = None
         self.content_hash = "0" * 64
         self.model_name: str | None = None
         self.model_fingerprint: str | None = None
         self.sites = tuple(sites)
+        self.grad_sites = tuple(self._grads)
         self.n_rows = len(next(iter(sites.values())))
         self.n_windows = -(-self.n_rows // window)
 
@@ -109,7 +117,8 @@ class ArrayStore:
     def _batch(self, site: str, rows: Tensor, target: str | None) -> Batch:
         x = self.rows(site, rows)
         y = x if target is None else self.rows(target, rows)
-        return Batch(x, y, rows, rows // self._window)
+        grad = self._grads[site][rows] if site in self._grads else None
+        return Batch(x, y, rows, rows // self._window, grad)
 
 
 def planted_store(

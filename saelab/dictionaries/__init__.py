@@ -9,6 +9,7 @@ from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, read_save
 from saelab.dictionaries.batch_topk import BatchTopK
 from saelab.dictionaries.feature_choice import FeatureChoice
 from saelab.dictionaries.gated import Gated
+from saelab.dictionaries.gradient_topk import GradientTopK
 from saelab.dictionaries.jump_relu import JumpReLU
 from saelab.dictionaries.matryoshka import Matryoshka
 from saelab.dictionaries.mutual_choice import MutualChoice
@@ -23,6 +24,7 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "matryoshka": Matryoshka,
     "mutual_choice": MutualChoice,
     "gated": Gated,
+    "gradient_topk": GradientTopK,
     "jump_relu": JumpReLU,
     "relu": ReLU,
     "topk": TopK,

@@ -45,16 +45,14 @@ class AbsTopK(LinearDictionary):
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
-        indices, z = self._select(self._rows(x), 1.0)
+        indices, z = self._keep(self._rows(x), self.config.k)
         return select.scatter(indices, z, self.d_sae).reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseLatents:
         """Return the same codes in ragged form, without a dense matrix of codes."""
-        indices, z = self._select(self._rows(x), 1.0)
+        indices, z = self._keep(self._rows(x), self.config.k)
         return SparseLatents.from_topk(indices, z, self.d_sae)
 
     def _select(self, x: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         del progress
-        k = self.config.k
-        indices, pre = select.linear_topk(self._centred(x), self.W_enc, self.b_enc, k, signed=True)
-        return indices, self._at(x, indices, pre)
+        return self._keep(x, self.config.k)

@@ -16,7 +16,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from saelab.dictionaries.affine import AffineConfig, AffineDictionary
-from saelab.ops import allocate, sparse
+from saelab.ops import allocate, select, sparse
 from saelab.protocols import Loss
 from saelab.types import Batch, SparseLatents
 
@@ -56,6 +56,14 @@ class LinearDictionary(AffineDictionary):
     def _select(self, x: Tensor, progress: float) -> Code:
         """Return the batch's code in training, differentiable on the selected entries."""
 
+    def _keep(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return (indices, z) of the k largest latents of each row; differentiable on those."""
+        indices, pre = select.linear_topk(
+            self._centred(x), self.W_enc, self.b_enc, k, signed=self.signed
+        )
+        z = self._at(x, indices, pre)
+        return indices, z if self.signed else z.relu()
+
     def _at(self, x: Tensor, indices: Tensor, pre: Tensor) -> Tensor:
         """Return chosen pre-activations, found without gradient, as differentiable ones."""
         return sparse.encode_at(x, self.b_dec, self.W_enc, self.b_enc, indices, pre)
@@ -64,7 +72,10 @@ class LinearDictionary(AffineDictionary):
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus AuxK; pure."""
-        code = self._select(batch.x, progress)
+        return self._loss_of(batch, self._select(batch.x, progress), dead)
+
+    def _loss_of(self, batch: Batch, code: Code, dead: Tensor) -> Loss:
+        """Return the loss of a batch that is coded so."""
         error, fvu = self._error(batch, code)
         aux = fvu.new_zeros(())
         if self.config.aux_weight > 0:

@@ -58,20 +58,15 @@ class TopK(LinearDictionary):
         """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
         if self.config.threshold:
             return self._encode_above(x, self.threshold)
-        indices, z = self._code(self._rows(x), self.config.k)
+        indices, z = self._keep(self._rows(x), self.config.k)
         return select.scatter(indices, z, self.d_sae).reshape(*x.shape[:-1], self.d_sae)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseLatents:
         """Return the same codes in ragged form, without a dense matrix of codes."""
         if self.config.threshold:
             return super().encode_sparse(x)
-        indices, z = self._code(self._rows(x), self.config.k)
+        indices, z = self._keep(self._rows(x), self.config.k)
         return SparseLatents.from_topk(indices, z, self.d_sae)
-
-    def _code(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return (indices, z) of k latents per row; differentiable on the selected ones."""
-        indices, pre = select.linear_topk(self._centred(x), self.W_enc, self.b_enc, k)
-        return indices, self._at(x, indices, pre).relu()
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: the threshold scales as well."""
@@ -81,12 +76,12 @@ class TopK(LinearDictionary):
 
     def _select(self, x: Tensor, progress: float) -> Code:
         del progress
-        return self._code(x, self.config.k)
+        return self._keep(x, self.config.k)
 
     def _error(self, batch: Batch, code: Code) -> tuple[Tensor, Tensor]:
         error, fvu = super()._error(batch, code)
         if self.config.multi_weight > 0:
-            more = self._code(batch.x, min(MULTI * self.config.k, self.d_sae))
+            more = self._keep(batch.x, min(MULTI * self.config.k, self.d_sae))
             fvu = fvu + self.config.multi_weight * super()._error(batch, more)[1]
         return error, fvu
 

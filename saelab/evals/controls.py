@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.evals.encoders import OwnEncoder, PursuitEncoder, decode
+from saelab.evals.encoders import decode
 from saelab.evals.sample import sample_rows, token_ids
 from saelab.ops.pursuit import gram_of, pursue
 from saelab.ops.sparse import decode_ragged
-from saelab.protocols import Dictionary, Store
+from saelab.protocols import Dictionary, Encoder, Store
 from saelab.types import Batch, SparseLatents
 
 TOKEN_ROWS = 1_000_000
@@ -40,9 +40,7 @@ class Arm(Protocol):
 class DictionaryArm:
     """A dictionary with its own codes, or with those of another encoder."""
 
-    def __init__(
-        self, name: str, dictionary: Dictionary, encoder: OwnEncoder | PursuitEncoder
-    ) -> None:
+    def __init__(self, name: str, dictionary: Dictionary, encoder: Encoder) -> None:
         """Reconstruct with `dictionary` from the codes of `encoder`."""
         self.name = name
         self.encoder = encoder.name

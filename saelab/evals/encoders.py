@@ -1,11 +1,12 @@
 """Encoders: ways to turn activations into codes of a given dictionary."""
 
-from typing import final
+from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.errors import ArtifactError, ConfigError
 from saelab.ops.pursuit import PursuitTrace, Refit, Sign, gram_of, pursue
 from saelab.protocols import Dictionary
 from saelab.types import Batch, SparseLatents
@@ -72,6 +73,48 @@ class PursuitEncoder:
         z = self.trace(batch).codes
         values = z.values / self._norms[z.indices]
         return SparseLatents(z.row_offsets, z.indices, values, z.d_sae)
+
+
+@runtime_checkable
+class GradientAware(Dictionary, Protocol):
+    """A dictionary that can select latents with the gradient of the model's loss."""
+
+    def encode_with_gradient(
+        self, x: Float[Tensor, "n d_in"], grad: Float[Tensor, "n d_in"]
+    ) -> SparseLatents:
+        """Return codes whose latents are selected with the gradient at x."""
+        ...
+
+
+@final
+class GradientEncoder:
+    """Codes selected with the gradients that the batch holds, for a type that was trained so.
+
+    The gradient knows the label it was taken for. With the text's own next token it tells of what
+    the model is about to see (`labels="data"`), and codes made with it are no fair replacement of
+    x; with a token that the model sampled it tells of the model only (`labels="sampled"`). The
+    name says which.
+    """
+
+    def __init__(self, dictionary: Dictionary, labels: Literal["data", "sampled"]) -> None:
+        """Encode with gradients for these labels. Raises ConfigError for other types."""
+        if not isinstance(dictionary, GradientAware):
+            raise ConfigError(
+                f"a {dictionary.config.type} dictionary does not select by gradients; only types "
+                "with `encode_with_gradient`, such as gradient_topk, do: use its own codes"
+            )
+        self.dictionary = dictionary
+        self.name = f"gradient({labels})"
+
+    def __call__(self, batch: Batch) -> SparseLatents:
+        """Return the codes of the batch's rows. Raises ArtifactError if it holds no gradients."""
+        if batch.grad is None:
+            raise ArtifactError(
+                f"the encoder {self.name} needs the loss's gradient at each row, but these rows "
+                "came without: read them from a store that was harvested with gradients"
+            )
+        device = self.dictionary.W_dec.device
+        return self.dictionary.encode_with_gradient(batch.x.to(device), batch.grad.to(device))
 
 
 @torch.no_grad()

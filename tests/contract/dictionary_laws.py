@@ -36,7 +36,7 @@ def ready(name: str, seed: int = 0) -> BaseDictionary:
 
 def batch_of(x: Tensor) -> Batch:
     number = torch.arange(len(x))
-    return Batch(x, x, number, number // 8)
+    return Batch(x, x, number, number // 8, grad=torch.sin(3 * x))
 
 
 def rows_law(name: str) -> None:

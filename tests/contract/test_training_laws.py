@@ -24,7 +24,8 @@ def member(name, seed=0, draft=None):
 
 @pytest.fixture(scope="module")
 def store() -> ArrayStore:
-    return planted_store(n=300, d=8, latents=12)[0]
+    x = planted_store(n=300, d=8, latents=12)[0].rows("site", torch.arange(300))
+    return ArrayStore({"site": x}, grads={"site": torch.sin(3 * x)})
 
 
 def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store):
