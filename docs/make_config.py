@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from saelab import run_config
 from saelab.config import Config
 from saelab.dictionaries import REGISTRY, config_class
+from saelab.members import MemberTraining
+from saelab.run_config import RunConfig
 
 PAGE = Path(__file__).parent / "config.md"
 
@@ -26,13 +27,13 @@ This page is made from the code by `python docs/make_config.py`.
 
 def page() -> str:
     """Return the page: one table per section, from the docstrings under the fields."""
-    parts = [_HEAD, *_sections("", run_config.RunConfig)]
+    parts = [_HEAD, *_sections("", RunConfig)]
     for name in sorted(REGISTRY):
         parts.append(
             _section(f"dictionaries: type {name}", config_class(name), leave_out=("d_in",))
         )
     title = "dictionaries: keys of every type"
-    parts.append(_section(title, run_config._MemberTraining))
+    parts.append(_section(title, MemberTraining))
     return "\n".join(parts)
 
 

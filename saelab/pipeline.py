@@ -23,8 +23,9 @@ from saelab.artifacts import Draft, Parent, artifact_path, stage_key
 from saelab.config import first_difference
 from saelab.dictionaries import config_class
 from saelab.errors import ArtifactError, ConfigError, ResourceError
+from saelab.members import Member
 from saelab.models import ModelIdentity, identify, resolve_device
-from saelab.run_config import Member, RunConfig, load_config
+from saelab.run_config import RunConfig, load_config
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Run:
         self.dry = dry
         self.wait = wait
         self.steps: list[Step] = []
-        self.members = [Member.parse(d, i) for i, d in enumerate(config.dictionaries)]
+        self.members = config.members()
         self.registry = artifacts.Registry(assets.cache_dir() / "registry")
         self.stores = assets.cache_dir() / "artifacts"
         """Stores are large and shared: they live in the cache, and `out` links to them."""
@@ -133,7 +134,7 @@ class Run:
     def _check(self) -> None:
         """Find before the first long stage what would stop a later one."""
         config = self.config
-        for number, member in enumerate(self.members):
+        for member in self.members:
             if member.init is not None:
                 given = artifacts.read_manifest(Path(member.init))
                 if given.stage != "dictionary":
@@ -142,7 +143,7 @@ class Run:
                 differing = [k for k, v in wanted.items() if found.get(k) != v]
                 if differing:
                     raise ConfigError(
-                        f"dictionaries.{number}.init: {member.init} has other values of "
+                        f"{member.where}.init: {member.init} has other values of "
                         f"{', '.join(differing)}; continue with the configuration it was made with"
                     )
         if config.store is not None:

@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab import api, artifacts, assets, dictionaries
+from saelab.members import Member
 from saelab.ops.pursuit import pursue
 from saelab.pipeline import Run, check_memory, check_space
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.report import human_bytes
-from saelab.run_config import Member, RunConfig
+from saelab.run_config import RunConfig
 from saelab.store.flat import FlatConfig
 from saelab.train.fit import Member as TrainMember
 from saelab.train.fit import fit

@@ -86,6 +86,15 @@ def test_adding_a_member_trains_only_that_one(made):
     assert statuses(steps) == [("store", "found"), ("dictionary", "found"), ("dictionary", "made")]
 
 
+def test_a_grid_adds_what_is_not_there_yet_to_the_list(made):
+    root, _ = made
+    grid = {"type": ["topk", "relu"], "d_sae": 48, "k": [4, 5], "target_l0": 4}
+    explained = pipeline.explain(pipeline.load_config(toy(root / "out", grid=grid)), until="train")
+    assert [(s.name, s.status) for s in explained[1:]] == [
+        ("toy-topk-48-4", "found"), ("toy-topk-48-5", "missing"), ("toy-relu-48-4", "missing"),
+    ]  # fmt: skip
+
+
 def test_explain_names_the_field_that_differs(made):
     root, _ = made
     changed = toy(root / "out", train={"batch": 128, "tokens": 1280})
@@ -221,6 +230,9 @@ def test_a_dictionary_can_be_trained_without_a_disk():
         ({"dictionaries": [{"type": ["topk"]}]}, "dictionaries.0.type"),
         ({"dictionaries": [{"type": "topk", "d_sae": 4, "k": 4, "site": "x"}]}, "not harvested"),
         ({"corpus": {"source": "toy", "tokens": 99, "holdout": 0}}, "needs held-out documents"),
+        ({"grid": {"type": "topk", "d_sae": 4, "k": 4, "site": ["x"]}}, r"grid \(site x\).site"),
+        ({"grid": {"type": "topk", "d_sae": 48, "k": [4, 49]}}, r"grid \(k 49\): k=49 exceeds"),
+        ({"dictionaries": [], "grid": {"type": "relu"}, "train": None}, "need a train section"),
     ],
 )
 def test_bad_configurations_are_one_clear_error(tmp_path, changes, message):
