@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,17 @@ def fit(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and (
         name() == "numba"
     )
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Return tensors on a CPU as arrays over the same memory where they are contiguous."""
+    return [t.detach().contiguous().numpy() for t in tensors]
 
 
 def over_rows(kernel: Callable[..., Any], n: int, *arguments: Any) -> None:

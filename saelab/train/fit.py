@@ -10,21 +10,23 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from saelab.errors import ConfigError, Interrupted
+from saelab import kernels
+from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError
+from saelab.ops.select import tally
 from saelab.protocols import GradientTrained, Store
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import GradientTrainer, input_scale
 from saelab.train.wandb_log import WandbLog
 from saelab.types import Batch
 
-__all__ = ["Fitted", "Member", "Report", "TrainConfig", "fit"]
+__all__ = ["Done", "Fitted", "Member", "Report", "Sweep", "TrainConfig", "fit"]
 
 log = logging.getLogger(__name__)
 
@@ -37,36 +39,42 @@ CALIBRATION_ROWS = 50_000
 """Training rows that a type may calibrate its thresholds on."""
 
 
+Done = Callable[[int, Fitted], None]
+"""Called with a member's place and what became of it, as soon as it is there."""
+
+
 def fit(
-    members: Sequence[Member],
+    members: Iterable[Member],
     store: Store,
     config: TrainConfig,
     *,
     report: Report | None = None,
+    done: Done | None = None,
 ) -> list[Fitted]:
     """Train all members in one pass over the store; return them in order, for raw activations.
 
     A member with a draft goes on from its last checkpoint, bit for bit. SIGINT and SIGTERM let the
-    step end, write a checkpoint and raise Interrupted. Raises NonFiniteError if a member's loss is
-    no longer finite.
+    step end, write a checkpoint and raise Interrupted. A member whose loss or gradient is no longer
+    finite is stopped, and its draft emptied; the others go on, `done` is called with each of them,
+    and at the end DivergedError says which were stopped.
     """
-    trainers = [_trainer(member, store, config) for member in members]
-    clock = _Clock(config)
-    if trainers:
-        for trainer in trainers:
-            trainer.resume()
-        _initialise(trainers, store, config)
-        reports = [report] if report else []
-        if config.wandb:
-            reports.append(WandbLog(config.wandb, config.plain()))
-        with _stop_on_signals() as stop:
-            _loop(trainers, store, config, clock, reports, stop)
-    fitted = []
-    for trainer in trainers:
-        done = trainer.finish(_calibration(trainer, store, config))
-        provenance = {"resumed_at": trainer.resumed_at, **clock.summary()}
-        fitted.append(replace(done, provenance=provenance))
-    return fitted
+    sweep = Sweep(members, store, config)
+    n_members = len(sweep.active)
+    if n_members == 0:
+        return []
+    reports = [report] if report else []
+    if config.wandb:
+        reports.append(WandbLog(config.wandb, config.plain()))
+    with _stop_on_signals() as stop:
+        _loop(sweep, reports, stop)
+    found: dict[int, Fitted] = {}
+    for place, fitted in _finished(sweep):
+        found[place] = fitted
+        if done is not None:
+            done(place, fitted)
+    if sweep.faults:
+        raise DivergedError(sweep.faults, n_members)
+    return [found[place] for place in range(n_members)]
 
 
 def _trainer(member: Member, store: Store, config: TrainConfig) -> GradientTrainer:
@@ -80,43 +88,122 @@ def _trainer(member: Member, store: Store, config: TrainConfig) -> GradientTrain
             )
 
 
-def _loop(
-    trainers: list[GradientTrainer],
-    store: Store,
-    config: TrainConfig,
-    clock: "_Clock",
-    reports: list[Report],
-    stop: threading.Event,
-) -> None:
-    first = min(t.done for t in trainers)
-    streams = {
-        (site, device): _stream(store, site, config, device, first)
-        for site, device in dict.fromkeys((t.member.site, t.device) for t in trainers)
-    }
-    for number in range(first, config.steps):
+class Sweep:
+    """One pass over a store: each site's batch is read once, and given to all of its members."""
+
+    def __init__(self, members: Iterable[Member], store: Store, config: TrainConfig) -> None:
+        """Take up each member's checkpoint or initialise it; open one stream per site."""
+        self.store = store
+        self.config = config
+        self.active = {i: _trainer(member, store, config) for i, member in enumerate(members)}
+        """The members in training, by their place; one that diverges or is finished leaves."""
+        self.faults: dict[int, str] = {}
+        """By place, what is to be said of a member that diverged."""
+        self.clock = _Clock(config)
+        for trainer in self.active.values():
+            trainer.resume()
+        self.number = min((t.done for t in self.active.values()), default=0)
+        """Steps taken."""
+        _initialise(list(self.active.values()), store, config)
+        places = dict.fromkeys((t.member.site, t.device) for t in self.active.values())
+        self._streams = {
+            (site, device): _stream(store, site, config, device, self.number)
+            for site, device in places
+        }
+
+    def step(self) -> bool:
+        """Take the next step of every member; return whether a line of metrics was written."""
         logged = False
-        for place, stream in streams.items():
-            with clock.spent("reading"):
+        for place, stream in self._streams.items():
+            here = [(i, t) for i, t in self.active.items() if place == (t.member.site, t.device)]
+            if not here:
+                continue
+            with self.clock.spent("reading"):
                 batch = next(stream)
-            with clock.spent("stepping"):
-                for trainer in trainers:
-                    if trainer.done == number and place == (trainer.member.site, trainer.device):
-                        logged |= trainer.step(batch)
-        clock.steps += 1
-        with clock.spent("logging"):
+            with self.clock.spent("stepping"):
+                for i, trainer in here:
+                    if trainer.done == self.number:
+                        logged |= self._advance(i, trainer, batch)
+        self.number += 1
+        self.clock.steps += 1
+        return logged
+
+    def _advance(self, place: int, trainer: GradientTrainer, batch: Batch) -> bool:
+        try:
+            return trainer.step(batch)
+        except NonFiniteError as error:
+            self.stop(place, trainer, error)
+            return False
+
+    def stop(self, place: int, trainer: GradientTrainer, error: NonFiniteError) -> None:
+        """Let a member that diverged leave, with all that was written of it."""
+        log.warning("%s It is stopped.", error)
+        self.faults[place] = str(error)
+        self.active.pop(place, None)
+        trainer.discard()
+
+    def checkpoint(self) -> None:
+        """Write the state of every member."""
+        for trainer in self.active.values():
+            trainer.checkpoint()
+
+    def info(self) -> dict[str, Any]:
+        """Return what a report is told."""
+        return self.clock.info(self.number, list(self.active.values()))
+
+
+def _loop(sweep: Sweep, reports: list[Report], stop: threading.Event) -> None:
+    steps = sweep.config.steps
+    while sweep.number < steps and sweep.active:
+        logged = sweep.step()
+        with sweep.clock.spent("logging"):
             if logged:
-                info = clock.info(number + 1, trainers)
+                info = sweep.info()
                 for report in reports:
                     report(info)
-            due = (number + 1) % config.checkpoint_steps == 0 or number + 1 == config.steps
+            due = sweep.number % sweep.config.checkpoint_steps == 0 or sweep.number == steps
             if due or stop.is_set():
-                for trainer in trainers:
-                    trainer.checkpoint()
-        if stop.is_set() and number + 1 < config.steps:
+                sweep.checkpoint()
+        if stop.is_set() and sweep.number < steps:
             raise Interrupted(
-                f"stopped after step {number + 1} of {config.steps}, as asked. "
-                + _how_to_go_on(trainers)
+                f"stopped after step {sweep.number} of {steps}, as asked. "
+                + _how_to_go_on(list(sweep.active.values()))
             )
+
+
+def _finished(sweep: Sweep) -> Iterator[tuple[int, Fitted]]:
+    """Finish the members site by site, so that the rows to calibrate on are read once per site.
+
+    A member leaves the sweep when it is finished, and its optimiser's memory is free again.
+    """
+    for site in dict.fromkeys(t.member.site for t in sweep.active.values()):
+        rows = _Calibration(sweep, site)
+        for place in [i for i, t in sweep.active.items() if t.member.site == site]:
+            trainer = sweep.active.pop(place)
+            try:
+                fitted = trainer.finish(rows.batches(trainer))
+            except NonFiniteError as error:
+                sweep.stop(place, trainer, error)
+                continue
+            provenance = {"resumed_at": trainer.resumed_at, **sweep.clock.summary()}
+            del trainer
+            yield place, replace(fitted, provenance=provenance)
+
+
+class _Calibration:
+    """A site's first training batches, read when a type first asks for them: most never do."""
+
+    def __init__(self, sweep: Sweep, site: str) -> None:
+        self._sweep, self._site = sweep, site
+        self._kept: list[Batch] | None = None
+
+    def batches(self, trainer: GradientTrainer) -> Iterator[Batch]:
+        if self._kept is None:
+            config = self._sweep.config
+            stream = _stream(self._sweep.store, self._site, config, torch.device("cpu"), 0)
+            self._kept = list(itertools.islice(stream, -(-CALIBRATION_ROWS // config.batch)))
+        for batch in self._kept:
+            yield _scaled(batch, 1.0, trainer.device)
 
 
 def _how_to_go_on(trainers: list[GradientTrainer]) -> str:
@@ -152,12 +239,6 @@ def _initialise(trainers: list[GradientTrainer], store: Store, config: TrainConf
         for trainer in waiting:
             if trainer.member.site == site:
                 trainer.init_(_scaled(batch, trainer.scale, trainer.device).x)
-
-
-def _calibration(trainer: GradientTrainer, store: Store, config: TrainConfig) -> Iterator[Batch]:
-    """Yield training batches lazily: most types never ask for one."""
-    stream = _stream(store, trainer.member.site, config, trainer.device, 0)
-    yield from itertools.islice(stream, -(-CALIBRATION_ROWS // config.batch))
 
 
 @contextmanager
@@ -208,6 +289,8 @@ class _Clock:
             "train_seconds": round(total, 3),
             "tokens_per_second": round(self.steps * self.config.batch / total, 1),
             **shares,
+            "kernels": kernels.name(),
+            "exact_scores_per_row": round(tally.per_row, 1),
         }
 
     def info(self, step: int, trainers: list[GradientTrainer]) -> dict[str, Any]:

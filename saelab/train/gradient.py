@@ -9,13 +9,14 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from saelab import artifacts
+from saelab import artifacts, kernels
 from saelab.errors import NonFiniteError, ShapeError
 from saelab.protocols import Dictionary, Loss, Store
 from saelab.train import checkpoint, schedules
@@ -56,11 +57,11 @@ class GradientTrainer:
                 f"{member.name}: site {member.site!r} has width {width}, but the dictionary takes "
                 f"{given.d_in}. Is this the site that it is meant for?"
             )
-        self.member = member
         self.config = config
         self.scale = input_scale(store, member.site)
         started = given.folded(1 / self.scale) if member.initialised else copy.deepcopy(given)
         self.dictionary: Trainee = started
+        self.member = replace(member, dictionary=started)
         self.device = given.W_dec.device
         self.lr = member.lr or schedules.default_lr(given.d_sae)
         self.generator = torch.Generator().manual_seed(member.seed)
@@ -103,8 +104,11 @@ class GradientTrainer:
         self.optimizer.zero_grad()
         loss.total.backward()
         dictionary.constrain_grad_()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         self._check_finite(norm, "gradient")
+        if norm > config.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, config.clip, norm)
         lr = self._set_lr()
         self.optimizer.step()
         dictionary.constrain_()
@@ -128,7 +132,7 @@ class GradientTrainer:
         if not bool(torch.isfinite(value)):
             raise NonFiniteError(
                 f"{self.member.name}: the {what} became {float(value.detach())} "
-                f"at step {self.done + 1} of {self.config.steps} (peak lr {self.lr:.3g}). "
+                f"at step {min(self.done + 1, self.config.steps)} of {self.config.steps} (peak lr {self.lr:.3g}). "
                 f"Try a lower lr, for example {self.lr / 3:.1g}, or a longer warmup."
             )
 
@@ -174,6 +178,11 @@ class GradientTrainer:
         state = {"step": self.done, **_machine()}
         checkpoint.write(self.member.draft.scratch, tensors, state)
 
+    def discard(self) -> None:
+        """Remove what was written of this member: it diverged."""
+        if self.member.draft is not None:
+            self.member.draft.discard()
+
     def resume(self) -> None:
         """Take up the last checkpoint, if there is one, and cut the metrics at its step."""
         if self.member.draft is None:
@@ -184,7 +193,7 @@ class GradientTrainer:
             self._restore(tensors)
             self.done = self.resumed_at = state["step"]
             here = _machine()
-            changed = [f"{k} {state[k]} → {v}" for k, v in here.items() if state[k] != v]
+            changed = [f"{k} {state.get(k)} → {v}" for k, v in here.items() if state.get(k) != v]
             if changed:
                 log.warning(
                     "%s goes on from step %d under other conditions (%s): the result may differ "
@@ -212,6 +221,8 @@ class GradientTrainer:
 
     def finish(self, calibration: Iterable[Batch]) -> Fitted:
         """Calibrate, fold the input scale in, save into the draft; return the trained member."""
+        largest = torch.stack([p.detach().abs().amax() for p in self.parameters])
+        self._check_finite(largest.amax(), "largest weight")
         self.dictionary.calibrate(calibration)
         trained = self.dictionary.folded(self.scale)
         if self.member.draft is not None:
@@ -252,4 +263,5 @@ def input_scale(store: Store, site: str) -> float:
 
 
 def _machine() -> dict[str, Any]:
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return here | {"kernels": kernels.name()}

@@ -51,6 +51,7 @@ def describe_store(path: Path) -> dict:
 def describe_dictionary(path: Path) -> dict:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((path / "config.json").read_text())
+    config["weights_sha256"] = len(config["weights_sha256"])  # the bits are the processor's
     return tensors(path, "weights*") | {"config": config, "last_metrics": lines[-1]}
 
 
