@@ -242,6 +242,10 @@ class Draft:
         self._hashes[name] = write_file(path, data)
         return path
 
+    def discard(self) -> None:
+        """Remove everything that was written so far, checkpoints too."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(
         self,
         *,

@@ -1,5 +1,7 @@
 """Every error a user can cause. A message says what was wanted, what came and what to do."""
 
+from collections.abc import Mapping
+
 
 class SaelabError(Exception):
     """Base class: the command line prints its message without a traceback and exits with 2."""
@@ -35,6 +37,19 @@ class SiteError(SaelabError):
 
 class NonFiniteError(SaelabError):
     """Activations or a loss are NaN or infinite."""
+
+
+class DivergedError(NonFiniteError):
+    """Members of a sweep stopped being finite; the others were trained to the end."""
+
+    def __init__(self, faults: Mapping[int, str], n_members: int) -> None:
+        """Take what is to be said of each that diverged, by its place in the sweep."""
+        self.faults = dict(faults)
+        lines = list(faults.values())
+        if n_members > 1:
+            kept = f"the other {n_members - len(faults)} are trained"
+            lines.insert(0, f"{len(faults)} of {n_members} dictionaries diverged; {kept}.")
+        super().__init__("\n".join(lines))
 
 
 class ResourceError(SaelabError):

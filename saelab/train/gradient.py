@@ -130,9 +130,10 @@ class GradientTrainer:
 
     def _check_finite(self, value: Tensor, what: str) -> None:
         if not bool(torch.isfinite(value)):
+            steps = self.config.steps
             raise NonFiniteError(
                 f"{self.member.name}: the {what} became {float(value.detach())} "
-                f"at step {min(self.done + 1, self.config.steps)} of {self.config.steps} (peak lr {self.lr:.3g}). "
+                f"at step {min(self.done + 1, steps)} of {steps} (peak lr {self.lr:.3g}). "
                 f"Try a lower lr, for example {self.lr / 3:.1g}, or a longer warmup."
             )
 

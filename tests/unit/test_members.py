@@ -51,7 +51,7 @@ def test_a_field_that_is_a_list_goes_into_another_list():
     assert [m.name for m in members] == [
         "matryoshka-64-4-prefixes16_64",
         "matryoshka-64-4-prefixes8_64",
-    ]  # noqa: E501 fmt: skip
+    ]
 
 
 def test_what_two_grids_share_is_one_member_and_the_list_comes_first():
@@ -61,7 +61,7 @@ def test_what_two_grids_share_is_one_member_and_the_list_comes_first():
         "topk-64-2",
         "topk-64-4",
         "topk-64-4-seed1",
-    ]  # noqa: E501 fmt: skip
+    ]
     assert names([TOPK | {"name": "mine"}], TOPK | {"seed": [0]}) == ["mine"]
 
 

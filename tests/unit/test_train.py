@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from doubles import ArrayStore, planted_store
 
 from saelab import artifacts, dictionaries
 from saelab.dictionaries.base import BaseDictionary
-from saelab.dictionaries.topk import TopKConfig
-from saelab.errors import ConfigError, Interrupted, NonFiniteError, ShapeError
+from saelab.dictionaries.topk import TopK, TopKConfig
+from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError, ShapeError
 from saelab.train import schedules
 from saelab.train.fit import Member, TrainConfig, fit
 
@@ -248,6 +249,95 @@ def test_a_diverging_member_is_named_with_its_step_and_what_to_try():
     mine = Member("wild", mine.dictionary, "site", 1e-3, initialised=True)
     with pytest.raises(NonFiniteError, match=r"wild: the loss became nan at step 1 .* lower lr"):
         fit([mine], store, SHORT)
+
+
+def wild(name, site="site", draft=None):
+    """A member whose loss is NaN from the start."""
+    mine = member(name)
+    with torch.no_grad():
+        mine.dictionary.W_dec.fill_(float("nan"))
+    return Member(name, mine.dictionary, site, 1e-3, draft=draft, initialised=True)
+
+
+class Exploding(TopK):
+    """A TopK whose loss overflows halfway through the run."""
+
+    def loss(self, batch, progress, dead):
+        loss = super().loss(batch, progress, dead)
+        return replace(loss, total=loss.total * (float("inf") if progress >= 0.5 else 1.0))
+
+
+def test_a_member_that_diverges_leaves_nothing_and_changes_nothing_for_the_others(tmp_path):
+    store, _ = planted_store(n=1000)
+    store = ArrayStore({"site": store._x["site"], "other": store._x["site"].flip(1)})
+    alone = [fit([member(n, seed=s)], store, SHORT)[0] for s, n in enumerate("ab")]
+    found = {}
+    with artifacts.open_draft(tmp_path, "dictionary", "wild", "0" * 64) as draft:
+        late = Member("late", Exploding(TopKConfig.parse(TOPK)), "other", draft=draft)
+        members = [wild("early"), member("a"), late, member("b", seed=1)]
+        with pytest.raises(DivergedError) as caught:
+            fit(members, store, SHORT, done=found.__setitem__)
+    assert sorted(found) == [1, 3]
+    for one, other in zip(alone, (found[1], found[3]), strict=True):
+        assert one.metrics == other.metrics
+        weights = other.dictionary.state_dict()
+        assert all(torch.equal(weights[k], v) for k, v in one.dictionary.state_dict().items())
+    assert list((tmp_path / "dictionary").glob(".wild*.partial")) == []
+    assert sorted(caught.value.faults) == [0, 2]
+    message = str(caught.value)
+    assert "2 of 4 dictionaries diverged; the other 2 are trained" in message
+    assert "early: the loss became nan at step 1 of 20 (peak lr 0.001). Try a lower lr" in message
+    assert "late: the loss became inf at step 11 of 20" in message
+
+
+def test_weights_that_overflow_in_the_last_step_are_not_handed_out():
+    store, _ = planted_store(n=400)
+
+    class Overflowing(TopK):
+        def constrain_(self):
+            super().constrain_()
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == SHORT.steps:
+                with torch.no_grad():
+                    self.W_enc[0, 0] = float("inf")
+
+    mine = Member("a", Overflowing(TopKConfig.parse(TOPK)), "site")
+    with pytest.raises(DivergedError, match="largest weight became inf at step 20 of 20"):
+        fit([mine], store, SHORT)
+
+
+def test_a_site_whose_members_all_diverged_is_read_no_further():
+    store, _ = planted_store(n=400)
+    read = []
+
+    class Counting(ArrayStore):
+        def batches(self, site, **how):
+            for batch in super().batches(site, **how):
+                read.append(site)
+                yield batch
+
+    store = Counting({"site": store._x["site"], "other": store._x["site"]})
+    with pytest.raises(DivergedError):
+        fit([wild("early", "other"), member("a")], store, SHORT)
+    assert read.count("other") == 1
+    assert read.count("site") == 21
+
+
+def test_members_of_one_site_share_each_batch_and_the_rows_to_calibrate_on():
+    base, _ = planted_store(n=400)
+    read = []
+
+    class Counting(ArrayStore):
+        def batches(self, site, **how):
+            for batch in super().batches(site, **how):
+                read.append(site)
+                yield batch
+
+    store = Counting({"site": base._x["site"], "other": base._x["site"]})
+    kinds = [{"type": "batch_topk", "site": s, "seed": n} for s in store.sites for n in range(3)]
+    fit([member(**kind) for kind in kinds], store, SHORT)
+    n_calibration = -(-50_000 // SHORT.batch)
+    assert read.count("site") == read.count("other") == 1 + SHORT.steps + n_calibration
 
 
 def test_a_dictionary_of_another_width_is_refused():
