@@ -4,9 +4,9 @@ Definitions, ends and error bars of every row: docs/metrics.md.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -92,6 +92,8 @@ class _Scores:
     sparsity: Sparsity | None = None
     seen: int = 0
     n: int = 0
+    key: Hashable = None
+    """What identifies a control that does not depend on the dictionary; None: it does."""
 
     def update_(self, batch: Batch) -> None:
         batch, self.seen = thinned(batch, self.share, self.seen), self.seen + len(batch)
@@ -107,7 +109,11 @@ class _Scores:
 
 @final
 class CoreEvaluator:
-    """Scores one dictionary on one site of a store, and in the live model where there is one."""
+    """Scores dictionaries on one site of a store, and in the live model where there is one.
+
+    What does not depend on the dictionary (PCA, most controls, the ablations) is measured once, and
+    kept as long as store, site and model stay the same. Values are those of a fresh evaluator.
+    """
 
     name = "core"
     version = 1
@@ -116,6 +122,8 @@ class CoreEvaluator:
         """Measure at `site`; by default the store's only one."""
         self.config = config or CoreConfig()
         self.site = site
+        self._kept: dict[Hashable, Any] = {}
+        self._kept_for: Hashable = None
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None
@@ -159,8 +167,23 @@ class CoreEvaluator:
                 "splice into the model (and dtype) that the activations came from."
             )
         config = self.config
-        pca = fit_pca(store, site, rows=config.fit_rows, batch=config.batch, seed=config.seed)
+        self._forget_unless((store.content_hash, site, model and model.fingerprint))
+        pca = self._once(
+            "pca",
+            lambda: fit_pca(
+                store, site, rows=config.fit_rows, batch=config.batch, seed=config.seed
+            ),
+        )
         return _Scene(dictionary, store, site, self._steps(dictionary, store, site), pca)
+
+    def _forget_unless(self, circumstances: Hashable) -> None:
+        if self._kept_for != circumstances:
+            self._kept, self._kept_for = {}, circumstances
+
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def _steps(self, dictionary: Dictionary, store: Store, site: str) -> int:
         """Return the controls' k: as configured, the dictionary's bound, or its measured L0."""
@@ -179,33 +202,53 @@ class CoreEvaluator:
     def _arms(self, scene: _Scene) -> list[_Scores]:
         """Return the dictionary first, then its controls, with how many rows each is given."""
         config, store, site = self.config, scene.store, scene.site
-        dictionary, k = scene.dictionary, scene.k
-        arms: list[tuple[Arm, float]] = [
-            (DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary)), 1.0)
-        ]
+        dictionary, k, n_atoms = scene.dictionary, scene.k, scene.dictionary.d_sae
+        own = DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary))
+        found = [self._scores(scene, own, 1.0)]
         if config.pursuit_rows:
             encoder = PursuitEncoder(dictionary, k, sign=config.sign, refit=config.refit)
-            atoms = RandomAtomsArm(store, site, n_atoms=dictionary.d_sae, k=k, seed=config.seed)
-            again = DictionaryArm("re-encoded", dictionary, encoder)
             share = min(1.0, config.pursuit_rows / min(config.rows, store.n_kept(site, "heldout")))
-            arms += [(again, share), (atoms, share)]
-        arms.append((PcaArm(scene.pca, k), 1.0))
-        refs = torch.cat([batch.rows for batch in self._rows(store, site)])
-        tokens = fit_token_means(store, site, refs)
+            found.append(
+                self._scores(scene, DictionaryArm("re-encoded", dictionary, encoder), share)
+            )
+            found.append(
+                self._control(
+                    scene,
+                    ("random_atoms", n_atoms, k),
+                    lambda: RandomAtomsArm(store, site, n_atoms=n_atoms, k=k, seed=config.seed),
+                    share,
+                )
+            )
+        found.append(self._control(scene, ("pca", k), lambda: PcaArm(scene.pca, k), 1.0))
+        tokens = self._once("token_mean", lambda: self._token_means(store, site))
         if tokens is None:
             log.info("the rows of this store are no tokens: the token-mean control is left out")
         else:
-            arms.append((tokens, 1.0))
-        return [_Scores(arm, share, Reconstruction(scene.pca.mean)) for arm, share in arms]
+            found.append(self._control(scene, "token_mean arm", lambda: tokens, 1.0))
+        return found
+
+    def _scores(self, scene: _Scene, arm: Arm, share: float) -> _Scores:
+        return _Scores(arm, share, Reconstruction(scene.pca.mean))
+
+    def _control(
+        self, scene: _Scene, key: Hashable, make: Callable[[], Arm], share: float
+    ) -> _Scores:
+        """Return a control's finished scores, where there are any, or new ones."""
+        if key in self._kept:
+            return self._kept[key]
+        scores = self._scores(scene, make(), share)
+        scores.key = key
+        return scores
+
+    def _token_means(self, store: Store, site: str) -> Arm | None:
+        return fit_token_means(
+            store, site, torch.cat([batch.rows for batch in self._rows(store, site)])
+        )
 
     # --------------------------------------------------------------------------- reconstruction
 
     def _reconstruction(self, scene: _Scene, arms: Sequence[_Scores]) -> Iterator[ResultRow]:
-        pca_errors = PcaErrors(scene.pca)
-        for batch in self._rows(scene.store, scene.site):
-            pca_errors.update(batch.y)
-            for scores in arms:
-                scores.update_(batch)
+        pca_errors = self._measure(scene, arms)
         own, *controls = arms
         yield from self._fit_rows(own, None)
         yield from _usage_rows(own)
@@ -216,6 +259,19 @@ class CoreEvaluator:
             yield from self._fit_rows(scores, ("fvu", "l0", "description_length"))
             if isinstance(scores.arm, PcaArm):
                 yield _plain(scores.arm, "l0", float(scores.arm.k), "components", scores.n)
+
+    def _measure(self, scene: _Scene, arms: Sequence[_Scores]) -> PcaErrors:
+        """Give all arms that are not finished the rows; return PCA's errors on them."""
+        errors = self._kept.get("pca_errors") or PcaErrors(scene.pca)
+        new = [scores for scores in arms if scores.key is None or scores.key not in self._kept]
+        for batch in self._rows(scene.store, scene.site):
+            if "pca_errors" not in self._kept:
+                errors.update(batch.y)
+            for scores in new:
+                scores.update_(batch)
+        self._kept["pca_errors"] = errors
+        self._kept |= {scores.key: scores for scores in new if scores.key is not None}
+        return errors
 
     def _fit_rows(self, scores: _Scores, only: tuple[str, ...] | None) -> Iterator[ResultRow]:
         name, encoder, n = scores.arm.name, scores.arm.encoder, scores.n
@@ -237,15 +293,18 @@ class CoreEvaluator:
         config = self.config
         replace, encoders = self._replacements(scene, [scores.arm for scores in arms])
         windows = sample_windows(scene.store, scene.site, config.windows)
-        total = measure_splices(model, scene.site, windows, replace, batch=config.window_batch)
+        ablations = self._once("ablations", lambda: {ZERO: {}, MEAN: {}})
+        total = measure_splices(
+            model, scene.site, windows, replace, batch=config.window_batch, known=ablations
+        )
         n = int(total.sums.totals()[0, 0]) if len(total.sums.documents) else 0
         if not n:
             log.warning("no position can be scored downstream: no kept position has a target")
             return
         yield self._measured(total, total.definitions[0], n, "clean", "none")
         for name in replace:
-            ablations = {"zero": ZERO, "mean": MEAN} if name not in (ZERO, MEAN) else {}
-            for definition in total.of_arm(name, ablations):
+            scale = {"zero": ZERO, "mean": MEAN} if name not in (ZERO, MEAN) else {}
+            for definition in total.of_arm(name, scale):
                 yield self._measured(total, definition, n, name, encoders.get(name, "none"))
         for name, other in (("isotropic", ISOTROPIC), ("covariance", COVARIANCE)):
             ratio = total.kl_ratio("dictionary", other, f"kl_over_random_error({name})")

@@ -22,6 +22,9 @@ from saelab.types import Batch, Window
 Reconstruct = Callable[[Batch], Float[Tensor, "n d"]]
 """From live activations (float32) to what replaces them."""
 
+Known = Mapping[str, dict[int, tuple[Tensor, Tensor]]]
+"""CE and KL of arms that do not change between calls, by the first window of each batch."""
+
 
 @dataclass(frozen=True)
 class _Tokens:
@@ -47,11 +50,14 @@ def measure_splices(
     arms: Mapping[str, Reconstruct],
     *,
     batch: int,
+    known: Known | None = None,
 ) -> Downstream:
     """Return the summed losses of the clean model and of each arm, spliced in at `site`.
 
-    Arms are called with the kept live activations of each batch of windows, in order.
+    Arms are called with the kept live activations of each batch of windows, in order. Losses of the
+    arms that `known` names are kept there, and taken from there by later calls on the same windows.
     """
+    known = known or {}
     total = Downstream(list(arms))
     unit = units(windows)
     for start in range(0, len(windows), batch):
@@ -63,12 +69,17 @@ def measure_splices(
         ce: dict[str, Tensor] = {}
         kl: dict[str, Tensor] = {}
         for name, arm in arms.items():
+            if start in known.get(name, {}):
+                ce[name], kl[name] = known[name][start]
+                continue
             x_hat = _replaced(acts, tokens, arm)
             keep = tokens.keep.to(acts.device)
             logits = model.splice(tokens.ids, site, x_hat, keep, tokens.lengths)
             log_q = log_probs(logits[tokens.scored])
             del logits
             ce[name], kl[name] = cross_entropy(log_q, targets), kl_divergence(log_p, log_q)
+            if name in known:
+                known[name][start] = (ce[name], kl[name])
         total.update(cross_entropy(log_p, targets), ce, kl, tokens.units[tokens.scored])
     return total
 

@@ -265,6 +265,23 @@ def test_every_number_says_its_arm_encoder_count_and_error_and_repeats_to_the_bi
     assert ratio == pytest.approx(cells["dictionary", "kl"].value / of_random)
 
 
+def test_one_evaluator_scores_several_dictionaries_as_fresh_ones_do_with_fewer_passes(
+    model, store, monkeypatch
+):
+    splices = []
+    plain = type(model).splice
+    monkeypatch.setattr(type(model), "splice", lambda *given: splices.append(1) or plain(*given))
+    members = [topk(store), topk(store, k=3), topk(store)]
+    members[2].b_dec.data += 0.1
+    fresh = [list(CoreEvaluator(QUICK)(member, store, model)) for member in members]
+    apart = len(splices)
+    evaluator = CoreEvaluator(QUICK)
+    assert [list(evaluator(member, store, model)) for member in members] == fresh
+    assert len(splices) == 2 * apart - 2 * 2  # two ablations, for two of the three
+    other = list(evaluator(members[0], store, None))
+    assert other == [row for row in fresh[0] if row in other]  # no model: nothing spliced is kept
+
+
 def test_the_dictionary_s_fvu_is_that_of_its_own_reconstruct():
     store, _ = planted_store()
     dictionary = topk(store)
