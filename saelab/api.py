@@ -4,6 +4,7 @@ The first half is what people call from notebooks; the second is what a run's st
 an artifact's draft.
 """
 
+import functools
 import shutil
 import tempfile
 import time
@@ -327,6 +328,12 @@ def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[
     }
 
 
+@functools.lru_cache(maxsize=2)
+def _core_evaluator(config: CoreConfig, site: str) -> CoreEvaluator:
+    """Return the evaluator that a run's dictionaries of one site share: it keeps their controls."""
+    return CoreEvaluator(config, site)
+
+
 def write_results(
     draft: Draft,
     dictionary: Path,
@@ -348,7 +355,7 @@ def write_results(
     device = model.device if model is not None else torch.device("cpu")
     loaded = dictionaries.load(dictionary).to(device)
     evaluators = {
-        "core": lambda: CoreEvaluator(configs["core"], site),
+        "core": lambda: _core_evaluator(configs["core"], site),
         "truth": lambda: TruthEvaluator(configs["truth"], site),
     }
     lines = []
