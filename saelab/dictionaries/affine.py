@@ -10,7 +10,7 @@ rows. A type adds the rule that makes codes z of pre-activations (`encode`) and 
 from typing import Annotated, Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
 from saelab.ops import linalg
 from saelab.ops.auxk import auxk_loss
 from saelab.protocols import GradientTrained
+
+REVIVED = 0.2
+"""Norm of a revived latent's encoder row, where that of the others is 1 on average."""
 
 
 class AffineConfig(DictionaryConfig):
@@ -71,6 +74,33 @@ class AffineDictionary(BaseDictionary, GradientTrained):
         self.b_enc.zero_()
         self.b_dec.copy_(linalg.geometric_median(sample))
         self.variance.copy_((sample - sample.mean(0)).square().sum(-1).mean())
+
+    @torch.no_grad()
+    def revive_(self, ids: Int[Tensor, " m"], rows: Float[Tensor, "m d_in"]) -> None:
+        """Point each of these latents at one of these rows, which are reconstructed badly.
+
+        The decoder row becomes the unit direction of x − b_dec, the encoder row the same, short
+        beside the other latents', so that the loss does not jump; b_enc becomes 0. A row equal to
+        b_dec has no direction and leaves the decoder row. Source: Bricken et al. 2023, "Neuron
+        resampling"; optimiser moments of these latents are the trainer's to zero.
+        """
+        away = rows.to(self.W_dec) - self.b_dec
+        size = away.norm(dim=1, keepdim=True)
+        direction = torch.where(size > 0, away / size, self.W_dec[ids])
+        self.W_dec[ids] = direction
+        self.W_enc[ids] = direction * self._revived_norm(ids)
+        self.b_enc[ids] = 0
+
+    def _revived_norm(self, ids: Tensor) -> Tensor:
+        """Return the norm of a revived latent's encoder row: a share of the other latents'."""
+        norms = self.W_enc[self._others(ids)].norm(dim=1)
+        mean = norms.mean() if len(norms) else norms.new_tensor(self.encoder_start)
+        return REVIVED * mean
+
+    def _others(self, ids: Tensor) -> Tensor:
+        """Mark the latents that are not among `ids`."""
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=ids.device)
+        return others.index_fill(0, ids, False)
 
     # -------------------------------------------------------------------------- parts of a loss
 

@@ -17,7 +17,7 @@ arXiv 2404.16014.
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelab.dictionaries.penalty import PenalisedDictionary, PenaltyConfig
@@ -65,6 +65,13 @@ class Gated(PenalisedDictionary):
         super().init_(sample, generator)
         self.r_mag.zero_()
         self.b_mag.zero_()
+
+    @torch.no_grad()
+    def revive_(self, ids: Int[Tensor, " m"], rows: Float[Tensor, "m d_in"]) -> None:
+        """Point each of these latents at one of these rows; both paths are equal again."""
+        super().revive_(ids, rows)
+        self.r_mag[ids] = 0
+        self.b_mag[ids] = 0
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return both FVU-scaled errors plus the penalty and AuxK; pure."""

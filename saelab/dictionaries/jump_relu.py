@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import PositiveFloat, model_validator
 from torch import Tensor, nn
 
@@ -99,6 +99,23 @@ class JumpReLU(DenseDictionary):
             pre = (rows - self.b_dec) @ self.W_enc[some].T + self.b_enc[some]
             self.threshold[some] = pre.topk(kept, dim=0).values[-1].clamp(min=0)
             self.bandwidth[some] = self.config.bandwidth * pre.std(0, correction=0)
+
+    @torch.no_grad()
+    def revive_(self, ids: Int[Tensor, " m"], rows: Float[Tensor, "m d_in"]) -> None:
+        """Point each of these latents at one of these rows.
+
+        Its threshold and bandwidth are those of the other latents on average, for an encoder row of
+        its norm: it fires as far along its direction as they do along theirs.
+        """
+        others = self._others(ids)
+        norm = self.W_enc[others].norm(dim=1)
+        distance = (self.threshold - self.b_enc)[others] / norm
+        width = self.bandwidth[others] / norm
+        super().revive_(ids, rows)
+        if others.any():
+            own = self.W_enc[ids].norm(dim=1)
+            self.threshold[ids] = (distance.mean() * own).clamp(min=0)
+            self.bandwidth[ids] = width.mean() * own
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""

@@ -193,7 +193,25 @@ def gradient_law(name: str) -> None:
     torch.testing.assert_close((grad * probe).sum(-1)[calm], finite[calm], atol=1e-6, rtol=1e-5)
 
 
+def revive_law(name: str) -> None:
+    """Resampling points the given latents at the given rows and leaves all else as it was."""
+    d = ready(name)
+    if not isinstance(d, GradientTrained) or type(d).revive_ is GradientTrained.revive_:
+        return
+    before = {k: v.clone() for k, v in d.state_dict().items()}
+    ids, rows = torch.tensor([11, 3, 6]), some_rows(d.d_in, 4, 3)
+    d.revive_(ids, rows)
+    away = rows - d.b_dec
+    torch.testing.assert_close(d.W_dec[ids], away / away.norm(dim=1, keepdim=True))
+    others = [i for i in range(d.d_sae) if i not in ids.tolist()]
+    for key, old in before.items():
+        new = d.state_dict()[key]
+        per_latent = old.ndim > 0 and len(old) == d.d_sae
+        assert torch.equal(new[others], old[others]) if per_latent else torch.equal(new, old)
+    assert torch.isfinite(d.encode(some_rows(d.d_in))).all()
+
+
 LAWS = (
     rows_law, affine_law, pure_law, sparse_law, budget_law, shape_law, dtype_law, scale_law,
-    signed_law, gradient_law,
+    signed_law, gradient_law, revive_law,
 )  # fmt: skip

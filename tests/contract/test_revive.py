@@ -1,0 +1,79 @@
+"""Dead latents are pointed at badly reconstructed rows."""
+
+import pytest
+import torch
+from dictionary_laws import batch_of, ready, some_rows
+
+from saelab.dictionaries import create
+from saelab.dictionaries.affine import REVIVED
+
+PLAIN = ("topk", "abs_topk", "batch_topk", "relu", "gated", "jump_relu")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_revived_latent_looks_for_its_row_softly_and_writes_it_at_unit_norm(name):
+    d = ready(name)
+    ids, rows = torch.tensor([5, 2]), some_rows(d.d_in, 4, 2)
+    norm = torch.cat([d.W_enc[:2], d.W_enc[3:5], d.W_enc[6:]]).norm(dim=1).mean()
+    d.revive_(ids, rows)
+    direction = (rows - d.b_dec) / (rows - d.b_dec).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(d.W_dec[ids], direction)
+    torch.testing.assert_close(d.W_enc[ids], REVIVED * norm * direction)
+    assert not d.b_enc[ids].any()
+
+
+def test_both_paths_of_a_revived_gated_latent_are_equal():
+    d = ready("gated")
+    ids, rows = torch.tensor([5, 2]), some_rows(d.d_in, 4, 2)
+    d.revive_(ids, rows)
+    gate = ((rows - d.b_dec) @ d.W_enc[ids].T).relu()
+    torch.testing.assert_close(d.encode(rows)[:, ids], gate)
+
+
+def test_a_revived_jump_relu_latent_fires_as_far_along_its_direction_as_the_others():
+    d = create({"type": "jump_relu", "d_in": 4, "d_sae": 6, "target_l0": 2})
+    with torch.no_grad():
+        d.W_enc.copy_(2 * torch.eye(6, 4) + 1e-9)
+        d.threshold.fill_(4.0)
+        d.b_enc.fill_(1.0)
+        d.bandwidth.fill_(0.5)
+        d.W_enc[4:].copy_(2 * torch.eye(2, 4))
+    d.revive_(torch.tensor([1]), torch.tensor([[0.0, 0.0, 3.0, 4.0]]))
+    torch.testing.assert_close(d.W_enc[1].norm(), torch.tensor(2 * REVIVED))
+    torch.testing.assert_close(d.threshold[1], torch.tensor(1.5 * 2 * REVIVED))
+    torch.testing.assert_close(d.bandwidth[1], torch.tensor(0.25 * 2 * REVIVED))
+    along = torch.tensor([[0.0, 0.0, 0.6, 0.8]])
+    assert (d.encode(1.49 * along)[:, 1] == 0) & (d.encode(1.51 * along)[:, 1] > 0)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_all_latents_may_be_revived_at_once_and_a_row_without_direction_is_harmless(name):
+    d = ready(name)
+    rows = some_rows(d.d_in, 4, d.d_sae)
+    rows[3] = d.b_dec.detach()
+    before = d.W_dec[3].clone()
+    d.revive_(torch.arange(d.d_sae), rows)
+    assert torch.equal(d.W_dec[3], before)
+    assert all(torch.isfinite(t).all() for t in d.state_dict().values())
+    torch.testing.assert_close(d.W_dec.norm(dim=1), torch.ones(d.d_sae))
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "jump_relu"])
+def test_a_revived_latent_is_reached_by_the_loss_on_its_row(name):
+    d = ready(name, seed=3)
+    with torch.no_grad():
+        d.b_enc[7] = -1e6
+    ids, rows = torch.tensor([7]), 20 * some_rows(d.d_in, 8, 1)
+    d.revive_(ids, rows)
+    batch = batch_of(rows.repeat(16, 1))
+    d.loss(batch, 0.5, torch.zeros(d.d_sae).bool()).total.backward()
+    assert d.W_dec.grad[7].any()
+    assert d.W_enc.grad[7].any()
+
+
+@pytest.mark.parametrize("name", ["topk", "abs_topk"])
+def test_latents_that_are_revived_together_fire_each_on_its_own_row(name):
+    d = ready(name)
+    rows = some_rows(d.d_in, 4, d.d_sae)
+    d.revive_(torch.arange(d.d_sae), rows)
+    assert d.encode(rows).diagonal().all()
