@@ -45,3 +45,24 @@ def transpose(starts, indices, values, out_starts, out_rows, out_values):
             at = place[indices[e]]
             out_rows[at], out_values[at] = row, values[e]
             place[indices[e]] = at + 1
+
+
+@numba.njit(nogil=True, cache=True)
+def count_above(start, stop, scores, floor, counts):
+    """Fill counts[i] with the number of scores of row i that exceed their column's floor."""
+    for row in range(start, stop):
+        given, n = scores[row], 0
+        for j in range(given.shape[0]):
+            n += given[j] > floor[j]
+        counts[row] = n
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_above(start, stop, scores, floor, starts, indices, values):
+    """Write where these scores are, and what they are, from entry starts[i] on."""
+    for row in range(start, stop):
+        given, place = scores[row], starts[row]
+        for j in range(given.shape[0]):
+            if given[j] > floor[j]:
+                indices[place], values[place] = j, given[j]
+                place += 1

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab import kernels
+from saelab.types import SparseLatents
 
 _GROUP = 8
 """Columns whose maximum stands for all of them in the first look at a row."""
@@ -164,6 +165,41 @@ def certified_topk(
     tally.rows += n
     tally.scores += int(cost.sum())
     return indices, values
+
+
+@torch.no_grad()
+def above(
+    x: Float[Tensor, "n d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    floor: Float[Tensor, " d_sae"],
+) -> SparseLatents:
+    """Return the entries of x W_encᵀ + b_enc that exceed their latent's floor, without gradient.
+
+    Never holds the whole matrix on a CPU; under autocast the product has its precision.
+    """
+    chunks = x.split(_CHUNK_ROWS) if x.device.type == "cpu" and len(x) else [x]
+    parts = [_above(F.linear(part, W_enc).to(x.dtype).add_(b_enc), floor) for part in chunks]
+    counts, indices, values = (torch.cat(some) for some in zip(*parts, strict=True))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseLatents(offsets, indices, values, len(W_enc))
+
+
+def _above(scores: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the number of entries per row, their columns and their values."""
+    if not kernels.fit(scores, floor):
+        higher = scores > floor
+        return higher.sum(1), higher.nonzero()[:, 1], scores[higher]
+    from saelab.kernels import sums
+
+    counts = torch.empty(len(scores), dtype=torch.int64)
+    given = kernels.arrays(scores, floor)
+    kernels.over_rows(sums.count_above, len(scores), *given, counts.numpy())
+    starts, total = counts.cumsum(0) - counts, int(counts.sum())
+    indices, values = torch.empty(total, dtype=torch.int64), scores.new_empty(total)
+    out = kernels.arrays(starts, indices, values)
+    kernels.over_rows(sums.fill_above, len(scores), *given, *out)
+    return counts, indices, values
 
 
 def scatter(

@@ -121,6 +121,21 @@ def test_compiled_sums_equal_torchs(seed, n, k, ragged):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+@given(seed=SEEDS, n=st.integers(0, 300), level=st.floats(-3, 4))
+def test_entries_above_their_floor_are_those_of_the_dense_table(seed, n, level):
+    x, W, b = normal(n, 5, seed=seed), normal(11, 5, seed=seed + 1), normal(11, seed=seed + 2)
+    floor = level + normal(11, seed=seed + 3)
+    dense = x @ W.T + b
+    wanted = torch.where(dense > floor, dense, 0)
+    found = select.above(x, W, b, floor)
+    assert found.row_offsets[-1] == len(found.values) == (dense > floor).sum()
+    torch.testing.assert_close(found.dense(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        select.above(*(t.double() for t in (x, W, b, floor))).dense(),
+        wanted.double(), rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     x, W, b = normal(50, 16, seed=14), normal(1100, 16, seed=15), normal(1100, seed=16)
     indices, values = select.certified_topk(x, W, b, 6)
