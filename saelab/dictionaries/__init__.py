@@ -11,6 +11,7 @@ from saelab.dictionaries.feature_choice import FeatureChoice
 from saelab.dictionaries.gated import Gated
 from saelab.dictionaries.gradient_topk import GradientTopK
 from saelab.dictionaries.jump_relu import JumpReLU
+from saelab.dictionaries.matching_pursuit import MatchingPursuit
 from saelab.dictionaries.matryoshka import Matryoshka
 from saelab.dictionaries.mutual_choice import MutualChoice
 from saelab.dictionaries.relu import ReLU
@@ -21,6 +22,7 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "abs_topk": AbsTopK,
     "batch_topk": BatchTopK,
     "feature_choice": FeatureChoice,
+    "matching_pursuit": MatchingPursuit,
     "matryoshka": Matryoshka,
     "mutual_choice": MutualChoice,
     "gated": Gated,

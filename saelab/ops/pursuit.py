@@ -10,16 +10,23 @@ Every user of pursuit differs only in the switches of `pursue`:
     reuse   whether matching pursuit may choose an atom again; its coefficients are then summed
 
 With unit atoms, a matching-pursuit step by v leaves energy ‖r‖² − v² and r orthogonal to the atom.
+
+A step needs only the scores, and with the atoms' Gram matrix G it changes them by − v · G[j]: one
+row of G is read where the plain loop takes a product with all atoms. `kernels.pursuit` does that
+for one row of x at a time, whose scores never leave the core's own cache; the torch form here does
+it for a few rows together. docs/methods/matching_pursuit.md says what each of them takes.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab import kernels
 from saelab.errors import ShapeError
 from saelab.ops.sparse import decode_ragged
 from saelab.types import SparseLatents
@@ -34,6 +41,10 @@ CHUNK_BYTES = 1 << 26
 BLOCK_SCORES = 1 << 15
 """Scores pursued at once by one CPU thread: they stay in its cache from step to step, and torch
 does not split so few numbers over threads, which would wait for each other at every step."""
+GRAM_PAYS = 1.0
+"""The Gram matrix is made where atoms are fewer than this many times rows · k."""
+GRAM_ROWS = 512
+"""Rows of the Gram matrix made at once; what lies below them is copied from above the diagonal."""
 NOISE = 16
 """A row stops when its best score is below this many rounding errors of its own norm."""
 
@@ -61,6 +72,7 @@ class _Rule:
     tol: float
 
 
+@torch.no_grad()
 def pursue(
     x: Float[Tensor, "n d"],
     atoms: Float[Tensor, "n_atoms d"],
@@ -78,32 +90,44 @@ def pursue(
     error of its own norm, or, for "nonneg", when no score is positive. Atoms are taken as they are:
     with norms other than 1, matching pursuit loses its energy law. `gram` = atoms @ atoms.T may be
     given to save making it on every call; without it, it is made when that pays and fits. Memory
-    beyond the result is bounded. Raises ShapeError if k < 1, or for switches that clash.
+    beyond the result is bounded. No gradient passes: `ops.unroll` has that. Raises ShapeError if
+    k < 1, or for switches that clash.
     """
     _check(k, len(atoms), sign, refit)
     rule = _Rule(sign, refit, reuse and refit == "mp", tol)
-    if refit == "mp" and gram is None and len(atoms) < len(x) * k:
+    with torch.autocast(x.device.type, enabled=False):
+        return _pursue(x, atoms, k, rule, gram)
+
+
+def _pursue(x: Tensor, atoms: Tensor, k: int, rule: _Rule, gram: Tensor | None) -> PursuitTrace:
+    if rule.refit == "mp" and gram is None and len(atoms) < GRAM_PAYS * len(x) * k:
         gram = gram_of(atoms)
     order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     coefficients = x.new_zeros(len(x), k)
     chunk = max(1, CHUNK_BYTES // (x.element_size() * max(len(atoms), k * atoms.shape[1])))
     for start in range(0, len(x), chunk):
         rows = slice(start, start + chunk)
-        if refit == "mp" and gram is not None:
+        if rule.refit == "mp" and gram is not None:
             chosen = _pursue_scores(x[rows], atoms, gram, k, rule)
         else:
             chosen = _pursue_residual(x[rows], atoms, k, rule)
         order[rows], coefficients[rows] = chosen
-    codes = _sum_repeats(order, coefficients, len(atoms))
+    codes = sum_repeats(order, coefficients, len(atoms))
     residual = x - decode_ragged(codes, atoms)
     return PursuitTrace(order, coefficients, codes, residual, (order >= 0).sum(1))
 
 
 def gram_of(atoms: Float[Tensor, "n_atoms d"]) -> Float[Tensor, "n_atoms n_atoms"] | None:
     """Return atoms @ atoms.T, or None if it would take more than `GRAM_BYTES`."""
-    if len(atoms) ** 2 * atoms.element_size() > GRAM_BYTES:
+    n = len(atoms)
+    if n**2 * atoms.element_size() > GRAM_BYTES:
         return None
-    return atoms @ atoms.T
+    gram = atoms.new_empty(n, n)
+    for start in range(0, n, GRAM_ROWS):
+        stop = min(start + GRAM_ROWS, n)
+        gram[start:stop, start:] = atoms[start:stop] @ atoms[start:].T
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
 
 
 def pursue_plainly(
@@ -130,9 +154,10 @@ def _pursue_residual(
     banned = None if rule.reuse else torch.zeros(len(x), len(atoms), dtype=torch.bool).to(x.device)
     residual = x.clone()
     floor = _floor(x)
+    goes = torch.ones_like(floor, dtype=torch.bool)
     for step in range(k):
         atom, score = _choose(residual @ atoms.T, rule.sign, banned)
-        goes = _goes(score, rule.sign, floor) & (residual.norm(dim=1) > rule.tol)
+        goes = goes & _goes(score, rule.sign, floor) & (residual.norm(dim=1) > rule.tol)
         order[:, step] = torch.where(goes, atom, -1)
         if rule.refit == "mp":
             coefficients[:, step] = torch.where(goes, score, 0)
@@ -158,6 +183,9 @@ def _pursue_scores(
     order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     coefficients = x.new_zeros(len(x), k)
     scores, floor, energy = x @ atoms.T, _floor(x), x.square().sum(1)
+    if compiled(scores, gram):
+        _run_kernel(scores, gram, floor, energy, rule, order, coefficients)
+        return order, coefficients
 
     def run(start: int) -> None:
         rows = slice(start, start + block)
@@ -175,6 +203,38 @@ def _pursue_scores(
     return order, coefficients
 
 
+def compiled(*tensors: Tensor) -> bool:
+    """Return whether the kernels take these tensors: numba is there, all on a CPU, of one float
+    type."""
+    kinds = {t.dtype for t in tensors}
+    here = all(t.device.type == "cpu" for t in tensors) and kernels.name() == "numba"
+    return here and kinds in ({torch.float32}, {torch.float64})
+
+
+def _run_kernel(
+    scores: Float[Tensor, "n n_atoms"],
+    gram: Float[Tensor, "n_atoms n_atoms"],
+    floor: Float[Tensor, " n"],
+    energy: Float[Tensor, " n"],
+    rule: _Rule,
+    order: Int[Tensor, "n k"],
+    coefficients: Float[Tensor, "n k"],
+) -> None:
+    """Do as `_step_block` for all rows."""
+    from saelab.kernels.pursuit import pursue_rows
+
+    table = scores.numpy()
+    bits = table.view(np.int32 if table.itemsize == 4 else np.int64)
+    largest, all_bits = bits.dtype.type(np.iinfo(bits.dtype).max), bits.dtype.type(-1)
+    flip, keep = (bits.dtype.type(0), largest) if rule.sign == "abs" else (largest, all_bits)
+    kernels.over_rows(
+        pursue_rows,
+        len(scores),
+        *(table, bits, gram.contiguous().numpy(), floor.numpy(), energy.numpy(), float(rule.tol)),
+        *(flip, keep, rule.sign == "nonneg", rule.reuse, order.numpy(), coefficients.numpy()),
+    )
+
+
 def _step_block(
     scores: Float[Tensor, "n n_atoms"],
     gram: Float[Tensor, "n_atoms n_atoms"],
@@ -188,9 +248,10 @@ def _step_block(
     banned = None if rule.reuse else torch.zeros_like(scores, dtype=torch.bool)
     buffer, neighbours = torch.empty_like(scores), torch.empty_like(scores)
     norms = gram.diagonal()
+    goes = torch.ones_like(floor, dtype=torch.bool)
     for step in range(order.shape[1]):
         atom, score = _choose(scores, rule.sign, banned, buffer)
-        goes = _goes(score, rule.sign, floor)
+        goes &= _goes(score, rule.sign, floor)
         if rule.tol > 0:
             goes &= energy > rule.tol**2
         value = score * goes
@@ -238,9 +299,13 @@ def _least_squares(
     return coefficients, x - (coefficients[:, None] @ chosen)[:, 0]
 
 
-def _sum_repeats(
+def sum_repeats(
     order: Int[Tensor, "n k"], coefficients: Float[Tensor, "n k"], n_atoms: int
 ) -> SparseLatents:
+    """Return the codes of a pursuit: the coefficients of each row's atoms, summed over repeats.
+
+    Differentiable in `coefficients`.
+    """
     rows = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
     used = order >= 0
     key, place = torch.unique(rows[used] * n_atoms + order[used], return_inverse=True)

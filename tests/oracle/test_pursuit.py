@@ -1,22 +1,34 @@
 """Pursuit against known answers, its own laws, and the obvious loop."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saelab import kernels
 from saelab.errors import ShapeError
-from saelab.ops.pursuit import pursue, pursue_plainly
+from saelab.ops.pursuit import gram_of, pursue, pursue_plainly
 
 ATOMS = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
 X = (2 * ATOMS[0] + ATOMS[1])[None]
+
+needs_numba = pytest.mark.skipif(kernels.name() != "numba", reason="numba is missing or turned off")
 
 
 def unit(n: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     return rows / rows.norm(dim=1, keepdim=True)
+
+
+FORMS = ["torch", pytest.param("numba", marks=needs_numba)]
+
+
+def using(form: str):
+    """Use the compiled kernel, or the torch form."""
+    return patch.object(kernels, "name", lambda: form)
 
 
 def energies(k: int, **rule) -> list[float]:
@@ -87,7 +99,8 @@ def test_the_residual_of_orthogonal_pursuit_is_orthogonal_to_its_whole_support(s
         assert len(set(trace.order[row].tolist())) == 3
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 50),
     sign=st.sampled_from(["abs", "nonneg", "raw"]),
@@ -95,10 +108,11 @@ def test_the_residual_of_orthogonal_pursuit_is_orthogonal_to_its_whole_support(s
     tol=st.sampled_from([0.0, 0.5]),
     n=st.integers(0, 70),
 )
-def test_the_quick_path_does_what_the_plain_loop_does(seed, sign, reuse, tol, n):
+def test_the_quick_path_does_what_the_plain_loop_does(form, seed, sign, reuse, tol, n):
     atoms, x = unit(9, 4, seed, torch.float64), unit(70, 4, seed + 99, torch.float64)[:n]
     rule = {"sign": sign, "reuse": reuse, "tol": tol}
-    quick = pursue(x, atoms, 12, gram=atoms @ atoms.T, **rule)
+    with using(form):
+        quick = pursue(x, atoms, 12, gram=atoms @ atoms.T, **rule)
     order, coefficients = pursue_plainly(x, atoms, 12, **rule)
     torch.testing.assert_close(quick.order, order)
     torch.testing.assert_close(quick.coefficients, coefficients, atol=1e-12, rtol=0)
@@ -106,6 +120,87 @@ def test_the_quick_path_does_what_the_plain_loop_does(seed, sign, reuse, tol, n)
         assert all(
             len(set(r)) == len(r) for r in ([j for j in row if j >= 0] for row in order.tolist())
         )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sign", ["abs", "nonneg", "raw"])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_more_atoms_than_one_block_of_scores_change_nothing(form, sign, reuse):
+    atoms, x = unit(2500, 40, 0, torch.float64), unit(30, 40, 1, torch.float64)
+    with using(form):
+        quick = pursue(x, atoms, 20, gram=atoms @ atoms.T, sign=sign, reuse=reuse)
+    order, coefficients = pursue_plainly(x, atoms, 20, sign=sign, reuse=reuse)
+    assert torch.equal(quick.order, order)
+    torch.testing.assert_close(quick.coefficients, coefficients, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sign", ["abs", "nonneg"])
+def test_in_single_precision_selections_differ_from_the_plain_loop_in_ties_only(form, sign):
+    atoms, x = unit(800, 24, 0), 5 * unit(200, 24, 1)
+    with using(form):
+        quick = pursue(x, atoms, 16, gram=atoms @ atoms.T, sign=sign)
+    order, coefficients = pursue_plainly(x, atoms, 16, sign=sign)
+    same = quick.order == order
+    assert same.all(1).float().mean() >= 0.99
+    for row in (~same.all(1)).nonzero()[:, 0].tolist():
+        step = int((~same[row]).int().argmax())
+        pair = quick.coefficients[row, step].abs(), coefficients[row, step].abs()
+        assert float((pair[0] - pair[1]).abs() / pair[1]) < 1e-5
+    plain = (x - (coefficients[..., None] * atoms[order.clamp(min=0)]).sum(1)).square().sum()
+    assert float(quick.residual.square().sum()) == pytest.approx(float(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_are_not_finite_stop_at_once(form):
+    atoms, x = unit(40, 8, 0), unit(5, 8, 1)
+    x[1, 2], x[3, 0] = torch.nan, torch.inf
+    for sign in ("abs", "nonneg", "raw"):
+        with using(form):
+            trace = pursue(x, atoms, 4, gram=atoms @ atoms.T, sign=sign)
+        assert (trace.n_steps == torch.tensor([4, 0, 4, 0, 4])).all()
+
+
+@needs_numba
+def test_kernels_are_for_one_float_type_and_give_one_result_on_any_number_of_threads():
+    atoms, x = unit(300, 16, 0), unit(50, 16, 1)
+    with patch("saelab.ops.pursuit._step_block", side_effect=AssertionError):
+        one = pursue(x, atoms, 5, gram=gram_of(atoms))
+        torch.set_num_threads(3)
+        try:
+            three = pursue(x, atoms, 5, gram=gram_of(atoms))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(one.order, three.order)
+    with (
+        pytest.raises(AssertionError),
+        patch("saelab.ops.pursuit._step_block", side_effect=AssertionError),
+    ):
+        pursue(x.bfloat16(), atoms.bfloat16(), 5, gram=gram_of(atoms.bfloat16()))
+
+
+def test_a_row_that_has_stopped_stays_stopped():
+    atoms, x = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    rule = {"sign": "raw", "reuse": False}
+    assert pursue(x, atoms, 2, gram=atoms @ atoms.T, **rule).n_steps.tolist() == [0]
+    assert pursue_plainly(x, atoms, 2, **rule)[0].tolist() == [[-1, -1]]
+
+
+def test_the_gram_matrix_is_the_product_and_exactly_symmetric(monkeypatch):
+    monkeypatch.setattr("saelab.ops.pursuit.GRAM_ROWS", 7)
+    atoms = unit(40, 8, 0)
+    gram = gram_of(atoms)
+    torch.testing.assert_close(gram, atoms @ atoms.T)
+    assert torch.equal(gram, gram.T)
+    monkeypatch.setattr("saelab.ops.pursuit.GRAM_BYTES", 40 * 40 * 4 - 1)
+    assert gram_of(atoms) is None
+
+
+def test_pursuit_computes_in_the_precision_of_x_under_autocast():
+    atoms, x = unit(40, 8, 0), unit(16, 8, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        trace = pursue(x, atoms, 5)
+    assert torch.equal(trace.coefficients, pursue(x, atoms, 5).coefficients)
 
 
 def test_atoms_of_any_norm_keep_the_quick_path_equal_to_the_plain_loop():
