@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -84,9 +84,9 @@ class ZipfDictionary(CoupledDictionary):
         self.density: Tensor
         self.batches_seen: Tensor
 
-    def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
-        """Return the FVU-scaled error plus the auxiliary loss; pure."""
-        loss = super().loss(batch, progress, dead)
+    def _loss_of(self, batch: Batch, code: Code, dead: Tensor) -> Loss:
+        """Return the loss of a batch that is coded so, and its densities."""
+        loss = super()._loss_of(batch, code, dead)
         counts = torch.bincount(loss.fired, minlength=self.d_sae)
         return replace(loss, observed={"density": counts / max(len(batch), 1)})
 

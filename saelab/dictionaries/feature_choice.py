@@ -8,7 +8,9 @@ Ranks are by running density; fractions of m_i are carried from batch to batch, 
 Where a column has too few positive entries, the largest ones left in the table take the rest. The
 first share `mutual` of the run selects as mutual choice does: latents that mean nothing yet should
 not be forced on rows. Loss: Σ‖x − x_hat‖² / (n · variance) + aux_weight · aux_zipf (see mutual
-choice). All beyond the idea is our reading: the paper gives no formulas that we could read.
+choice). `forced` in the log is the share of picks that are not among as many largest entries of the
+table: mutual choice would not have made them. All beyond the idea is our reading: the paper gives
+no formulas that we could read.
 
 Ayonrinde 2024, "Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse
 Autoencoders", arXiv 2411.02124.
@@ -64,10 +66,15 @@ class FeatureChoice(ZipfDictionary):
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus the auxiliary loss; pure."""
-        loss = super().loss(batch, progress, dead)
         if progress < self.config.mutual:
-            return loss
-        return replace(loss, observed=loss.observed | {"carry": self._quota(len(batch))[1]})
+            loss = super().loss(batch, progress, dead)
+            return replace(loss, terms=loss.terms | {"forced": torch.zeros(())})
+        quota, carry = self._quota(len(batch))
+        code, forced = self._by_quota(batch.x, quota)
+        loss = self._loss_of(batch, code, dead)
+        return replace(
+            loss, terms=loss.terms | {"forced": forced}, observed=loss.observed | {"carry": carry}
+        )
 
     def observe_(self, loss: Loss) -> None:
         """Take in the batch's densities, and what its quotas left over."""
@@ -85,11 +92,15 @@ class FeatureChoice(ZipfDictionary):
     def _select(self, x: Tensor, progress: float) -> Code:
         if progress < self.config.mutual:
             return super()._select(x, progress)
+        return self._by_quota(x, self._quota(len(x))[0])[0]
+
+    def _by_quota(self, x: Tensor, quota: Tensor) -> tuple[Code, Tensor]:
+        """Return the code in which latents take their quotas, and the share of forced picks."""
         with torch.no_grad():
             pre = F.linear(self._centred(x), self.W_enc).to(x.dtype) + self.b_enc
-            quota, _ = self._quota(len(x))
-            chosen = allocate.ragged(pre, allocate.fill(pre, quota))
-        return self._differentiable(x, chosen)
+            mask = allocate.fill(pre, quota)
+            chosen, forced = allocate.ragged(pre, mask), allocate.forced_share(pre, mask)
+        return self._differentiable(x, chosen), forced
 
     def _aux(self, x: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         if self.config.aux == "auxk":

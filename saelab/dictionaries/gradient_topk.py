@@ -19,6 +19,7 @@ Gradients for Improved Dictionary Learning", arXiv 2411.10397.
 
 import math
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Annotated, ClassVar, Literal, final
 
 import torch
@@ -70,7 +71,7 @@ class GradientTopK(LinearDictionary):
         super().__init__(config)
         self.l0_bound = config.k
         mean = math.sqrt(2 / (math.pi * config.d_in))
-        largest = math.sqrt(2 / config.d_in) * float(torch.erfinv(torch.tensor(QUANTILE)))
+        largest = NormalDist().inv_cdf((1 + QUANTILE) / 2) / math.sqrt(config.d_in)
         self.register_buffer("effect_mean", torch.tensor(mean))
         self.register_buffer("effect_max", torch.tensor(largest))
         self.register_buffer("batches_seen", torch.zeros(()))

@@ -104,6 +104,26 @@ def fill(pre: Float[Tensor, "n d_sae"], quota: Int[Tensor, " d_sae"]) -> Bool[Te
 
 
 @torch.no_grad()
+def forced_share(pre: Float[Tensor, "n d_sae"], mask: Bool[Tensor, "n d_sae"]) -> Float[Tensor, ""]:
+    """Return the share of the marked entries that are not among as many largest of the table.
+
+    These are the picks that quotas force: a choice by size alone would not have made them. 0 where
+    nothing is marked.
+    """
+    total = int(mask.sum())
+    if total == 0:
+        return pre.new_zeros(())
+    width = min(pre.shape[1], -(-4 * total // len(pre)))
+    best = select.topk(pre, width)[1]
+    edge = best.flatten().topk(total, sorted=False).values.min()
+    full = best.amin(1) >= edge  # rows that may hold more large entries than were looked at
+    if bool(full.any()):
+        best = torch.cat([best[~full].flatten(), pre[full].flatten()])
+        edge = best.topk(total, sorted=False).values.min()
+    return (pre[mask] < edge).sum() / total
+
+
+@torch.no_grad()
 def ragged(pre: Float[Tensor, "n d_sae"], mask: Bool[Tensor, "n d_sae"]) -> SparseLatents:
     """Return the marked entries as ragged rows."""
     rows, indices = mask.nonzero(as_tuple=True)

@@ -43,6 +43,26 @@ def test_columns_keep_their_quotas_largest_positive_entries():
         assert set(mask[:, i].nonzero()[:, 0].tolist()) == expected
 
 
+def test_forced_picks_are_those_that_size_alone_would_not_have_made():
+    pre = torch.tensor([[5.0, 1.0], [4.0, 3.0]])
+    mask = allocate.fill(pre, torch.tensor([1, 1]))
+    assert pre[mask].tolist() == [5, 3]
+    assert allocate.forced_share(pre, mask) == 0.5
+    assert allocate.forced_share(pre, allocate.fill(pre, torch.tensor([2, 0]))) == 0
+    assert allocate.forced_share(pre, torch.zeros_like(mask)) == 0
+
+
+@pytest.mark.parametrize("uneven", [0.0, 20.0])
+def test_the_share_of_forced_picks_is_that_of_sorting_the_whole_table(uneven):
+    generator = torch.Generator().manual_seed(0)
+    pre = torch.randn(50, 64, generator=generator)
+    pre[:3] += uneven
+    mask = torch.rand(50, 64, generator=generator) < 0.05
+    edge = pre.flatten().sort(descending=True).values[int(mask.sum()) - 1]
+    expected = (pre[mask] < edge).float().mean()
+    torch.testing.assert_close(allocate.forced_share(pre, mask), expected)
+
+
 def test_what_columns_leave_goes_to_the_largest_left_in_the_table():
     pre = torch.tensor([[5.0, -1.0, 3.0], [4.0, -2.0, 1.0]])
     mask = allocate.fill(pre, torch.tensor([1, 2, 1]))

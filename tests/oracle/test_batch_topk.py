@@ -179,6 +179,13 @@ def test_choices_of_the_sheet_row_mutual_feature():
     assert selected(feature, AFFINITY, progress=0.0) == [[5, 0], [4, 0]]
 
 
+def test_the_loss_names_the_share_of_picks_that_quotas_forced():
+    d = identity("feature_choice", 2, 1, exponent=0)
+    for progress, share in ((0.0, 0.0), (1.0, 0.5)):
+        loss = d.loss(batch_of(AFFINITY), progress, torch.zeros(2).bool())
+        assert loss.terms["forced"] == share
+
+
 def test_quotas_of_whole_columns_make_a_relu_dictionary():
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
     d = identity("feature_choice", 6, 6)
