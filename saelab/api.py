@@ -199,13 +199,14 @@ def store_inputs(
     return {
         "model": identity.fingerprint,
         "corpus": corpora.identity(corpus),
-        "harvest": settings.plain() | {"dtype": store_dtype(settings, dtype)},
+        "harvest": settings.key_fields() | {"dtype": store_dtype(settings, dtype)},
     }
 
 
 def store_bytes(model: LanguageModel, corpus: CorpusConfig, settings: HarvestConfig) -> int:
     """Return about how many bytes a store will take. Raises SiteError for an unknown site."""
     width = sum(model.site(name).width for name in settings.sites)
+    width += sum(model.site(name).width for name in settings.grad_sites)
     itemsize = 4 if store_dtype(settings, model.dtype) == "float32" else 2
     per_token = width * itemsize + len(settings.sites) + 36
     text = 6
@@ -220,8 +221,11 @@ def make_store(
     dtype = store_dtype(settings, model.dtype)
     with (
         Bar("harvest", corpus.tokens, "tokens") as bar,
-        store.StoreWriter(draft, sites, dtype, rows_per_shard=settings.rows_per_shard) as writer,
-    ):
+        store.StoreWriter(
+            draft, sites, dtype,
+            rows_per_shard=settings.rows_per_shard, grad_sites=settings.grad_sites,
+        ) as writer,
+    ):  # fmt: skip
         return harvest(model, corpus, settings, writer, report=lambda done, *_: bar.update(done))
 
 
@@ -235,7 +239,7 @@ def store_from_arrays(
 ) -> Path:
     """Make a store from `.npy` files, one per site, and return its folder.
 
-    Options: documents, masked, holdout, dtype, window; see `store.arrays.ArraysConfig`.
+    Options: gradients, documents, masked, holdout, dtype, window; see `store.ArraysConfig`.
     """
     config = ArraysConfig.parse({"sites": dict(sites), **options})
     return from_arrays(config, out, name)

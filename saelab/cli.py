@@ -311,6 +311,9 @@ def store_from_npy(
     out: Annotated[Path, typer.Option(help="Folder that receives store/<name>-<key>.")],
     name: Annotated[str, typer.Option(help="What to call the store.")] = "arrays",
     site: Annotated[str, typer.Option(help="What to call the site.")] = "x",
+    gradient: Annotated[
+        Path | None, typer.Option(help="An .npy of a loss's gradients, [rows, width].")
+    ] = None,
     documents: Annotated[
         Path | None, typer.Option(help="An .npy of document ids, one per row.")
     ] = None,
@@ -324,7 +327,7 @@ def store_from_npy(
     from saelab import api
 
     path = api.store_from_arrays(
-        {site: array}, out, name=name,
+        {site: array}, out, name=name, gradients={} if gradient is None else {site: gradient},
         documents=documents, masked=masked, holdout=holdout, dtype=dtype,
     )  # fmt: skip
     console.print(str(path))

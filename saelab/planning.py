@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from rich.box import SIMPLE_HEAD
@@ -17,14 +18,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from saelab import api, artifacts, assets, dictionaries
+from saelab import api, assets, dictionaries
+from saelab.harvest.forward import HarvestConfig
+from saelab.harvest.gradient import pass_tokens
 from saelab.members import Member
 from saelab.ops.pursuit import pursue
 from saelab.pipeline import Run, check_memory, check_space
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.report import human_bytes
 from saelab.run_config import RunConfig
-from saelab.store.flat import FlatConfig
+from saelab.store.flat import FlatConfig, FlatWorld
 from saelab.train.fit import Member as TrainMember
 from saelab.train.fit import fit
 
@@ -86,15 +89,27 @@ def _store_cost(run: Run) -> Cost:
         return Cost("store", what, seconds, size, size / 4)
     assert config.corpus and config.harvest
     tokens, context = config.corpus.tokens, config.corpus.context
-    windows = max(1, config.harvest.batch_tokens // context)
-    probe = _tokens(run.model, windows, context)
-    sites = list(config.harvest.sites)
-    seconds = _seconds(lambda: run.model.capture(probe, sites))
-    rate = probe.numel() / seconds
+    rate, held = _harvest_rate(run.model, config.harvest, context)
     disk = api.store_bytes(run.model, config.corpus, config.harvest)
     shard = 2 * disk / tokens * config.harvest.rows_per_shard
     what = f"{tokens:,} tokens at {rate:,.0f}/s"
-    return Cost("store", what, tokens / rate + 3, disk, shard + _model_bytes(run.model))
+    if config.harvest.gradient != "none":
+        what += ", with gradients"
+    return Cost("store", what, tokens / rate + 3, disk, shard + held + _model_bytes(run.model))
+
+
+def _harvest_rate(
+    model: LanguageModel, harvest: HarvestConfig, context: int
+) -> tuple[float, float]:
+    """Return the tokens per second of harvest's passes, and the bytes of logits that one holds."""
+    sites = list(harvest.sites)
+    if harvest.gradient == "none":
+        probe = _tokens(model, max(1, harvest.batch_tokens // context), context)
+        return probe.numel() / _seconds(lambda: model.capture(probe, sites)), 0
+    n = pass_tokens(harvest.batch_tokens, model.d_vocab)
+    probe = _tokens(model, max(1, n // context), context)
+    seconds = _seconds(lambda: model.grad_at(probe, sites, lambda z: z.logsumexp(-1).sum()))
+    return probe.numel() / seconds, 16 * probe.numel() * model.d_vocab
 
 
 def _widths(run: Run) -> dict[str, int]:
@@ -220,13 +235,24 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _planted_rows(d: int, n: int) -> Iterator[Store]:
-    """Open a store of `n` planted rows for the trainer to be timed on; it is gone afterwards."""
-    config = FlatConfig.parse({"d": d, "n_rows": n, "holdout": 0})
-    with tempfile.TemporaryDirectory() as folder:
-        with artifacts.open_draft(Path(folder), "store", "probe", "0" * 64) as draft:
-            facts = api.make_synthetic_store(draft, config)
-            draft.finish(stage="store", name="probe", inputs={}, parents=[], facts=facts)
-        yield api.open_store(draft.target)
+    """Open a store of `n` planted rows with random gradients for the trainer to be timed on.
+
+    It is gone afterwards.
+    """
+    config = FlatConfig.parse({"d": d, "n_rows": n})
+    world, seeded = FlatWorld(config), torch.Generator().manual_seed(0)
+    codes = torch.cat(list(world.codes(0, n)))
+    arrays = {
+        "x": codes @ world.truth.directions + world.truth.bias,
+        "grad": torch.randn(n, d, generator=seeded),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for key, rows in arrays.items():
+            np.save(folder / f"{key}.npy", rows.numpy())
+        x, grad = ({"probe": folder / f"{key}.npy"} for key in arrays)
+        made = api.store_from_arrays(x, folder, gradients=grad, holdout=0)
+        yield api.open_store(made)
 
 
 # ------------------------------------------------------------------------------------- this machine

@@ -111,6 +111,8 @@ class Store(Protocol):
     """Name of the model that the rows came from; None for a store from bare arrays."""
     model_fingerprint: str | None
     sites: tuple[str, ...]
+    grad_sites: tuple[str, ...]
+    """The sites whose batches have a `grad`: the gradient of the model's loss at `x`."""
     n_rows: int
     n_windows: int
 

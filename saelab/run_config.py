@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from saelab.config import Config, apply_overrides, load_yaml
+from saelab.dictionaries import config_class
 from saelab.errors import ConfigError, nearest
 from saelab.evals.core import CoreConfig
 from saelab.evals.truth import TruthConfig
@@ -102,6 +103,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     config = RunConfig.parse(data)
     for member in config.members():
         _check_site(config, member)
+        _check_gradient(config, member)
     if config.evaluate is not None and config.corpus is not None and config.corpus.holdout == 0:
         raise ConfigError("evaluate needs held-out documents; set corpus.holdout above 0, say 0.1")
     return config
@@ -118,6 +120,20 @@ def _check_site(config: RunConfig, member: Member) -> None:
     if member.site is not None and member.site not in sites:
         raise ConfigError(
             f"{where}: {member.site!r} is not harvested; {nearest(member.site, sites)}"
+        )
+
+
+def _check_gradient(config: RunConfig, member: Member) -> None:
+    """Raise ConfigError if a member is trained on gradients that the store will not have."""
+    own = config_class(member.fields["type"]).parse({"d_in": 2**30, **member.fields})
+    if not own.needs_grad or config.store is not None:
+        return
+    if config.harvest is None or config.harvest.gradient == "none":
+        remedy = "a planted store has none"
+        if config.harvest is not None:
+            remedy = "set harvest.gradient to sampled or data"
+        raise ConfigError(
+            f"{member.where}: {own.type} is trained on the gradients of the model's loss; {remedy}"
         )
 
 

@@ -5,9 +5,9 @@ depends on the shard alone, and its rows are put back in document order. Masks s
 reason, what readers should leave out; no position is dropped.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.harvest.corpus import TextWindow
+from saelab.harvest.gradient import Labels, LossGradient, pass_tokens
 from saelab.protocols import LanguageModel
 from saelab.types import Document, Mask, Shard, TokenTable
 
@@ -45,6 +46,25 @@ class HarvestConfig(Config):
     """Mask the tokenizer's special tokens."""
     norm_outlier: float | None = Field(10.0, gt=1)
     """Mask rows whose norm exceeds this multiple of the site's median norm; None: never."""
+    gradient: Labels = "none"
+    """Keep the gradient of the loss at every row too: of the text's next tokens (`data`), or of
+    tokens that the model itself predicts (`sampled`). Takes four to five times as long."""
+    gradient_seed: int = Field(0, ge=0)
+    """Of the sampled labels."""
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields that change a store's content."""
+        fields = self.plain()
+        if self.gradient == "none":
+            del fields["gradient"]
+        if self.gradient != "sampled":
+            del fields["gradient_seed"]
+        return fields
+
+    @property
+    def grad_sites(self) -> tuple[str, ...]:
+        """The sites whose rows get a gradient: all or none."""
+        return () if self.gradient == "none" else self.sites
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,9 @@ class Group:
     def documents(self) -> tuple[Document, ...]:
         """The documents that begin in these windows."""
         return tuple(document for window in self.windows for document in window.begins)
+
+
+_Sites = dict[str, Float[Tensor, "n d"]]
 
 
 def groups(windows: Iterable[TextWindow], rows_per_shard: int) -> Iterator[Group]:
@@ -102,33 +125,48 @@ class Harvester:
         self._model = model
         self._config = config
         self._special = torch.tensor(sorted(model.special_ids), dtype=torch.int64)
+        self._pass_tokens = config.batch_tokens
+        self._gradient: LossGradient | None = None
+        if config.gradient != "none":
+            self._pass_tokens = pass_tokens(config.batch_tokens, model.d_vocab)
+            self._gradient = LossGradient(
+                model, config.sites, config.gradient, config.gradient_seed
+            )
 
     def shard(self, group: Group) -> Shard:
         """Return a group's activations, in the model's dtype, with masks and provenance."""
         table = _table(group)
-        x = self._forward(group)
+        x, grad, label = self._forward(group)
         base = self._token_mask(table)
         if not self.median_norm:
             self.median_norm = {site: _median_norm(rows, base) for site, rows in x.items()}
         mask = {site: self._site_mask(site, rows, base) for site, rows in x.items()}
         heldout = torch.tensor([window.heldout for window in group.windows])
         lengths = torch.tensor([len(window) for window in group.windows])
-        return Shard(x, mask, table, heldout.repeat_interleave(lengths), group.documents)
+        heldout = heldout.repeat_interleave(lengths)
+        return Shard(x, mask, table, heldout, group.documents, grad, label)
 
-    def _forward(self, group: Group) -> dict[str, Float[Tensor, "n d"]]:
+    def _forward(self, group: Group) -> tuple[_Sites, _Sites, Tensor | None]:
+        """Return the rows and, where they are wanted, gradients of each site, and the labels."""
         lengths = [len(window) for window in group.windows]
-        first = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        x: dict[str, Tensor] = {}
-        for members in batches_of(lengths, self._config.batch_tokens):
-            tokens, sizes = self._padded([group.windows[i] for i in members])
-            for site, rows in self._model.capture(tokens, self._config.sites, sizes).items():
-                found = rows.detach().to("cpu")
-                if site not in x:
-                    x[site] = torch.empty(first[-1], self.widths[site], dtype=found.dtype)
-                for place, member in enumerate(members):
-                    n = lengths[member]
-                    x[site][first[member] : first[member] + n] = found[place, :n]
-        return {site: x[site] for site in self._config.sites}
+        x = {site: _Rows(lengths) for site in self._config.sites}
+        grad = {site: _Rows(lengths) for site in self._config.grad_sites}
+        label, gradient = _Rows(lengths), self._gradient
+        for members in batches_of(lengths, self._pass_tokens):
+            windows = [group.windows[i] for i in members]
+            tokens, sizes = self._padded(windows)
+            if gradient is None:
+                found = self._model.capture(tokens, self._config.sites, sizes)
+            else:
+                numbers = [group.first_window + i for i in members]
+                found, gradients, batch_label = gradient(tokens, windows, numbers)
+                label.put(members, batch_label)
+                for site, rows in gradients.items():
+                    grad[site].put(members, rows)
+            for site, rows in found.items():
+                x[site].put(members, rows)
+        labels = None if gradient is None else label.all
+        return {s: r.all for s, r in x.items()}, {s: r.all for s, r in grad.items()}, labels
 
     def _padded(self, windows: list[TextWindow]) -> tuple[Tensor, Tensor]:
         """Right-pad windows to one tensor on the model's device; return the true lengths too."""
@@ -157,6 +195,24 @@ class Harvester:
             norm = _norm(x)
             mask[norm.isfinite() & (norm > factor * median)] |= int(Mask.NORM_OUTLIER)
         return mask
+
+
+class _Rows:
+    """The rows of a shard, taken in batches of windows and put in document order."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = lengths
+        self._first = [0, *accumulate(lengths)]
+        self.all = torch.empty(0)
+
+    def put(self, members: Sequence[int], rows: Shaped[Tensor, "batch pos *row"]) -> None:
+        """Take in the right-padded rows of some windows; the first ones fix width and dtype."""
+        found = rows.detach().to("cpu")
+        if not len(self.all):
+            self.all = torch.empty(self._first[-1], *found.shape[2:], dtype=found.dtype)
+        for place, member in enumerate(members):
+            n, first = self._lengths[member], self._first[member]
+            self.all[first : first + n] = found[place, :n]
 
 
 def batches_of(lengths: list[int], batch_tokens: int) -> list[list[int]]:

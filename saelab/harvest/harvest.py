@@ -22,6 +22,7 @@ from saelab.harvest.corpus import (
     windows,
 )
 from saelab.harvest.forward import PREPASS_ROWS, Group, HarvestConfig, Harvester, cursor, groups
+from saelab.harvest.gradient import REDUCTION
 from saelab.protocols import LanguageModel
 from saelab.types import Shard
 
@@ -96,7 +97,15 @@ def harvest(
         "corpus": report_facts(counts),
         "prepass_rows": PREPASS_ROWS,
     }
+    if config.gradient != "none":
+        facts["gradient"] = _recipe(config)
     return writer.finish(median_norm=source.median_norm, facts=facts)
+
+
+def _recipe(config: HarvestConfig) -> dict[str, Any]:
+    """Return what the stored gradients are gradients of, for the manifest."""
+    recipe: dict[str, Any] = {"labels": config.gradient, "reduction": REDUCTION}
+    return recipe | ({"seed": config.gradient_seed} if config.gradient == "sampled" else {})
 
 
 def _write(source: Harvester, stream: Any, writer: ShardWriter, clock: "_Clock") -> None:

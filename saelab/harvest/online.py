@@ -22,7 +22,7 @@ from saelab.harvest.forward import Group, HarvestConfig, Harvester, groups
 from saelab.harvest.harvest import store_dtype
 from saelab.ops import shuffle
 from saelab.protocols import LanguageModel, SiteStats, Split
-from saelab.types import Batch, Shard, Window
+from saelab.types import Batch, Shard, Window, grad_dtype
 
 BUFFER_BYTES = 256 * 2**20
 
@@ -34,17 +34,21 @@ class _Rows:
     sites: tuple[Float[Tensor, "n d"], ...]
     numbers: Int[Tensor, " n"]
     units: Int[Tensor, " n"]
+    grad: Float[Tensor, "n d_grad"] | None
+    """Of the first site."""
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def take(self, order: Shaped[Tensor, " m"] | slice) -> "_Rows":
         sites = tuple(x[order] for x in self.sites)
-        return _Rows(sites, self.numbers[order], self.units[order])
+        grad = None if self.grad is None else self.grad[order]
+        return _Rows(sites, self.numbers[order], self.units[order], grad)
 
     def batch(self) -> Batch:
         x, *others = [x.float() for x in self.sites]
-        return Batch(x, others[0] if others else x, self.numbers, self.units)
+        grad = None if self.grad is None else self.grad.float()
+        return Batch(x, others[0] if others else x, self.numbers, self.units, grad)
 
 
 @final
@@ -62,19 +66,21 @@ class OnlineStore:
         """Count the corpus. Raises CorpusError, SiteError or ConfigError as a harvest would."""
         self._model, self._corpus, self._config = model, corpus, config
         self._harvester = Harvester(model, config)
-        self._dtype = getattr(torch, store_dtype(config, model.dtype))
+        dtype = store_dtype(config, model.dtype)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._grad_dtype: torch.dtype = getattr(torch, grad_dtype(dtype))
         self._report = survey(corpus, model)
         self.buffer_bytes = buffer_bytes
         self.path = None
         self.model_name: str | None = model.name
         self.model_fingerprint: str | None = model.fingerprint
-        self.sites = tuple(config.sites)
+        self.sites, self.grad_sites = tuple(config.sites), config.grad_sites
         self.n_rows = corpus.tokens
         self.n_windows = self._report.windows
         self.content_hash = digest(
             {
                 "corpus": identity(corpus),
-                "harvest": config.plain() | {"dtype": str(self._dtype)},
+                "harvest": config.key_fields() | {"dtype": str(self._dtype)},
                 "model": model.fingerprint,
             }
         )
@@ -149,7 +155,7 @@ class OnlineStore:
         self, sites: tuple[str, ...], split: Split, sizes: tuple[int, int, int], flows: bool
     ) -> Iterator[Batch]:
         batch, capacity, seed = sizes
-        waiting, fills, epoch = _empty(sites, self._harvester.widths, self._dtype), 0, 0
+        waiting, fills, epoch = self._empty(sites), 0, 0
         while True:
             seen = 0
             for rows in self._kept_rows(sites, split):
@@ -182,7 +188,7 @@ class OnlineStore:
     ) -> Iterator[Batch]:
         """Yield each row of the split once, in order; masked ones if asked. The last is short."""
         sites = self._sites(site, target)
-        waiting = _empty(sites, self._harvester.widths, self._dtype)
+        waiting = self._empty(sites)
         for rows in self._kept_rows(sites, split, masked):
             waiting = _join([waiting, rows])
             whole = len(waiting) // batch * batch
@@ -266,9 +272,20 @@ class OnlineStore:
             unit = torch.tensor([units[n] for n in document[chosen].tolist()], dtype=torch.int64)
             numbers = chosen.nonzero().squeeze(1) + group.first_row
             x = tuple(shard.x[site][chosen].to(self._dtype) for site in sites)
+            grad = shard.grad.get(sites[0])
+            grad = None if grad is None else grad[chosen].to(self._grad_dtype)
             if not masked:
-                _refuse_nonfinite(sites, x, shard, chosen)
-            yield _Rows(x, numbers, unit)
+                for site, rows in zip(sites, x, strict=True):
+                    _refuse_nonfinite(f"site {site!r}", rows, shard, chosen)
+                if grad is not None:
+                    _refuse_nonfinite(f"the gradient at site {sites[0]!r}", grad, shard, chosen)
+            yield _Rows(x, numbers, unit, grad)
+
+    def _empty(self, sites: tuple[str, ...]) -> _Rows:
+        none = torch.zeros(0, dtype=torch.int64)
+        x = tuple(torch.zeros(0, self.width(site), dtype=self._dtype) for site in sites)
+        grad = torch.zeros(0, self.width(sites[0]), dtype=self._grad_dtype)
+        return _Rows(x, none, none, grad if sites[0] in self.grad_sites else None)
 
 
 def _refuse(what: str) -> NoReturn:
@@ -278,31 +295,27 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _refuse_nonfinite(
-    sites: tuple[str, ...], x: tuple[Tensor, ...], shard: Shard, chosen: Shaped[Tensor, " n"]
+    what: str, rows: Float[Tensor, "n d"], shard: Shard, chosen: Shaped[Tensor, " m"]
 ) -> None:
     """Raise NonFiniteError if a kept row holds what the dtype cannot."""
-    for site, rows in zip(sites, x, strict=True):
-        bad = (~rows.isfinite().all(1)).nonzero()
-        if len(bad):
-            row = int(chosen.nonzero()[int(bad[0])])
-            raise NonFiniteError(
-                f"site {site!r} holds NaN, infinity or more than {rows.dtype} can hold at position "
-                f"{int(shard.tokens.position[row])}, document {int(shard.tokens.document[row])}; "
-                "mask these positions, or set harvest.dtype to bfloat16 or float32"
-            )
-
-
-def _empty(sites: tuple[str, ...], widths: dict[str, int], dtype: torch.dtype) -> _Rows:
-    none = torch.zeros(0, dtype=torch.int64)
-    return _Rows(tuple(torch.zeros(0, widths[site], dtype=dtype) for site in sites), none, none)
+    bad = (~rows.isfinite().all(1)).nonzero()
+    if len(bad):
+        row = int(chosen.nonzero()[int(bad[0])])
+        raise NonFiniteError(
+            f"{what} holds NaN, infinity or more than {rows.dtype} can hold at position "
+            f"{int(shard.tokens.position[row])}, document {int(shard.tokens.document[row])}; "
+            "mask these positions, or set harvest.dtype to bfloat16 or float32"
+        )
 
 
 def _join(parts: list[_Rows]) -> _Rows:
     columns: list[Any] = list(zip(*(part.sites for part in parts), strict=True))
+    grads = [part.grad for part in parts if part.grad is not None]
     return _Rows(
         tuple(torch.cat(column) for column in columns),
         torch.cat([part.numbers for part in parts]),
         torch.cat([part.units for part in parts]),
+        torch.cat(grads) if grads else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from pydantic import Field
 from saelab import artifacts
 from saelab.artifacts import Draft
 from saelab.config import Config
-from saelab.errors import ConfigError, ShapeError
+from saelab.errors import ConfigError, ShapeError, SiteError, nearest
 from saelab.store import format as fmt
 from saelab.store.writer import DEFAULT_ROWS_PER_SHARD, Advice, StoreWriter
 from saelab.types import Document, Mask, Shard, TokenTable, is_heldout
@@ -31,6 +32,8 @@ class ArraysConfig(Config):
 
     sites: dict[str, Path] = Field(min_length=1)
     """Site name → file of an array (n, d); all files have the same n."""
+    gradients: dict[str, Path] = {}
+    """Site name → file of the gradients of a loss at its rows (n, d)."""
     documents: Path | None = None
     """File of an array (n,) of document ids, numbers or strings; by default each row is its own."""
     masked: Path | None = None
@@ -50,9 +53,10 @@ def from_arrays(config: ArraysConfig, out: Path, name: str) -> Path:
     Raises ShapeError, ConfigError or NonFiniteError naming the file that does not fit.
     """
     files = {site: config.sites[site] for site in sorted(config.sites)}
+    files |= {f"(gradient {site})": path for site, path in sorted(config.gradients.items())}
     files |= {f"({k})": p for k in ("documents", "masked") if (p := getattr(config, k)) is not None}
     inputs = config.plain() | {"files": {k: _digest(path) for k, path in files.items()}}
-    for field in ("sites", "documents", "masked"):
+    for field in ("sites", "gradients", "documents", "masked"):
         del inputs[field]
     key = artifacts.stage_key(fmt.STAGE, STAGE_VERSION, inputs, [])
     found = artifacts.find(out, fmt.STAGE, name, key)
@@ -67,7 +71,7 @@ def from_arrays(config: ArraysConfig, out: Path, name: str) -> Path:
 
 def fill_from_arrays(draft: Draft, config: ArraysConfig) -> dict[str, Any]:
     """Fill an artifact's draft from the arrays; return the manifest's facts."""
-    arrays = {site: _matrix(path, site) for site, path in config.sites.items()}
+    arrays = {site: _matrix(path, f"site {site!r}") for site, path in config.sites.items()}
     first_site, first = next(iter(arrays.items()))
     for site, array in arrays.items():
         if len(array) != len(first):
@@ -75,6 +79,7 @@ def fill_from_arrays(draft: Draft, config: ArraysConfig) -> dict[str, Any]:
                 f"all sites need the same rows: {config.sites[first_site]} has {len(first)}, but "
                 f"{config.sites[site]} has {len(array)}"
             )
+    gradients = _gradients(config, arrays)
     documents = _column(config.documents, len(first))
     masked = _column(config.masked, len(first))
     sites = {site: array.shape[1] for site, array in arrays.items()}
@@ -83,9 +88,15 @@ def fill_from_arrays(draft: Draft, config: ArraysConfig) -> dict[str, Any]:
         half = all(array.dtype == np.float16 for array in arrays.values())
         dtype = "float16" if half else "float32"
     with StoreWriter(
-        draft, sites, dtype, rows_per_shard=config.rows_per_shard, advice=_ADVICE
+        draft,
+        sites,
+        dtype,
+        rows_per_shard=config.rows_per_shard,
+        grad_sites=tuple(gradients),
+        advice=_ADVICE,
     ) as writer:
-        for number, shard in enumerate(_shards(config, arrays, documents, masked)):
+        shards = _shards(config, _Arrays(arrays, gradients, documents, masked))
+        for number, shard in enumerate(shards):
             if number >= writer.n_shards:
                 writer.append(shard)
         median = {site: _median_norm(array, masked) for site, array in arrays.items()}
@@ -110,11 +121,30 @@ def _load(path: Path) -> np.ndarray:
         ) from None
 
 
-def _matrix(path: Path, site: str) -> np.ndarray:
+def _gradients(config: ArraysConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Load the gradients in the order of the sites, and compare their shapes with the rows'."""
+    for site in config.gradients:
+        if site not in arrays:
+            raise SiteError(
+                f"there are gradients at {site!r}, but no rows; {nearest(site, [*arrays])}"
+            )
+    found: dict[str, np.ndarray] = {}
+    for site, rows in arrays.items():
+        if site in config.gradients:
+            found[site] = _matrix(config.gradients[site], f"the gradient at site {site!r}")
+            if found[site].shape != rows.shape:
+                raise ShapeError(
+                    f"{config.gradients[site]} should hold a gradient for each row of {site!r}, "
+                    f"shape {rows.shape}, but has shape {found[site].shape}"
+                )
+    return found
+
+
+def _matrix(path: Path, what: str) -> np.ndarray:
     array = _load(path)
     if array.ndim != 2 or len(array) == 0:
         raise ShapeError(
-            f"site {site!r} needs an array of rows (n, d), but {path} has shape {array.shape}"
+            f"{what} needs an array of rows (n, d), but {path} has shape {array.shape}"
         )
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise ShapeError(f"{path} should hold floating-point rows, but holds {array.dtype}")
@@ -130,14 +160,20 @@ def _column(path: Path | None, n: int) -> np.ndarray | None:
     return array
 
 
-def _shards(
-    config: ArraysConfig,
-    arrays: Mapping[str, np.ndarray],
-    documents: np.ndarray | None,
-    masked: np.ndarray | None,
-) -> Iterator[Shard]:
+@dataclass(frozen=True)
+class _Arrays:
+    """The opened files."""
+
+    sites: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+    documents: np.ndarray | None
+    masked: np.ndarray | None
+
+
+def _shards(config: ArraysConfig, arrays: _Arrays) -> Iterator[Shard]:
     """Cut the rows into shards; a shard's end ends a window."""
-    n = len(next(iter(arrays.values())))
+    documents, masked = arrays.documents, arrays.masked
+    n = len(next(iter(arrays.sites.values())))
     numbers: dict[str, Document] = {}
     windows = 0
     for first in range(0, n, config.rows_per_shard):
@@ -154,10 +190,13 @@ def _shards(
         mask = torch.zeros(len(number), dtype=torch.uint8)
         if masked is not None:
             mask[torch.from_numpy(masked[part] != 0)] = int(Mask.SPECIAL)
-        x = {site: torch.from_numpy(_floats(array[part])) for site, array in arrays.items()}
+        x, grad = (
+            {site: torch.from_numpy(_floats(array[part])) for site, array in some.items()}
+            for some in (arrays.sites, arrays.gradients)
+        )
         heldout = torch.tensor([document.heldout for document in mine])
         new = tuple(numbers.values())[known:]
-        yield Shard(x, dict.fromkeys(arrays, mask), table, heldout, new)
+        yield Shard(x, dict.fromkeys(x, mask), table, heldout, new, grad)
 
 
 def _floats(rows: np.ndarray) -> np.ndarray:

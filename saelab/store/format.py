@@ -1,10 +1,11 @@
 """The store's files: their names, dtypes and columns, and safetensors read through memory maps.
 
-shard-00000.safetensors    per site `{site}` (n, d) and `mask:{site}` (n,) uint8; 0 = kept
+shard-00000.safetensors    per site `{site}` (n, d) and `mask:{site}` (n,) uint8; 0 = kept; where
+                           they were asked for, `grad:{site}` (n, d) and `label` (n,) int32
 tokens-00000.safetensors   the columns of `types.TokenTable` for the same rows
 documents-00000.jsonl      the documents whose first row is in this shard
 index.safetensors          first row of each shard and window; split, group, place of documents
-stats.safetensors          per site the float64 mean of the kept training rows
+stats.safetensors          the float64 mean over kept training rows of `{site}` and `grad:{site}`
 """
 
 import json
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from saelab.errors import ArtifactError
 
+LABEL = "label"
 INDEX = "index.safetensors"
 STATS = "stats.safetensors"
 STAGE = "store"
@@ -67,6 +69,11 @@ def documents_name(number: int) -> str:
 def mask_name(site: str) -> str:
     """Return the tensor name of a site's mask bits."""
     return f"mask:{site}"
+
+
+def grad_name(site: str) -> str:
+    """Return the tensor name of the gradients at a site's rows."""
+    return f"grad:{site}"
 
 
 def to_bytes(tensors: dict[str, Tensor]) -> bytes:

@@ -17,7 +17,7 @@ from saelab.protocols import SiteStats, Split, Truth
 from saelab.store import format as fmt
 from saelab.store.maps import ShardMaps
 from saelab.store.planted import TRUTH, read_codes, read_truth
-from saelab.store.shuffled import Order, Shuffler
+from saelab.store.shuffled import Column, Order, Shuffler
 from saelab.types import Batch, Document, SparseLatents, Window
 
 BUFFER_BYTES = 256 * 2**20
@@ -43,6 +43,8 @@ class DiskStore:
         self.n_rows: int = self.facts["n_rows"]
         self.n_windows: int = self.facts["n_windows"]
         self.dtype = fmt.DTYPES[self.facts["dtype"]]
+        self.grad_sites = tuple(self.facts.get("grad_stats", {}))
+        self._grad_dtype = fmt.DTYPES[self.facts.get("grad_dtype", "float32")]
         self.buffer_bytes = buffer_bytes
         self._maps = ShardMaps(path)
         self._document = lru_cache(256)(self._read_document)
@@ -91,13 +93,15 @@ class DiskStore:
         Blocks of up to 16 rows are permuted over the whole store into a buffer of `buffer_bytes`,
         whose rows are permuted again; each epoch has an order of its own. By default batches run
         on over the end of an epoch; with `drop_last=False` an epoch ends with its short batch.
-        With a `target` site, rows are those that both masks keep. Skipping `start` batches reads
-        none of their rows. Raises CorpusError if fewer than `batch` rows are kept.
+        With a `target` site, rows are those that both masks keep. Gradients do not change the
+        order. Skipping `start` batches reads none of their rows. Raises CorpusError if fewer than
+        `batch` rows are kept.
         """
         sites = self._sites(site, target)
         order = Order(sites, split, batch, seed, drop_last)
-        widths = [self.width(name) for name in sites]
-        shuffler = Shuffler(self._maps, order, self.dtype, widths, self.buffer_bytes)
+        columns = [Column(name, self.width(name), self.dtype) for name in sites]
+        grad = self._grad_column(site)
+        shuffler = Shuffler(self._maps, order, columns, grad, self.buffer_bytes)
         if shuffler.total < batch:
             raise CorpusError(
                 f"a batch of {batch} rows was asked for, but {self.path} keeps only "
@@ -129,16 +133,24 @@ class DiskStore:
 
     def rows(self, site: str, refs: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Return the activations with these row numbers, float32, in that order."""
-        width = self.width(site)
+        column = Column(site, self.width(site), self.dtype)
         numbers = refs.cpu().numpy().astype(np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.n_rows:
             raise ShapeError(f"the row numbers of {self.path} lie in 0 … {self.n_rows - 1}")
-        order = np.argsort(numbers, kind="stable")
-        found = np.empty((len(numbers), width), dtype=self._maps.dtype(site))
-        self._maps.gather(site, numbers[order], found)
+        return self._read(column, numbers)
+
+    def _read(self, column: Column, rows: Int[np.ndarray, " n"]) -> Float[Tensor, "n d"]:
+        order = np.argsort(rows, kind="stable")
+        found = np.empty((len(rows), column.width), dtype=self._maps.dtype(column.name))
+        self._maps.gather(column.name, rows[order], found)
         if (np.diff(order) != 1).any():
             found = found[np.argsort(order, kind="stable")]
-        return fmt.to_float32(found, self.dtype)
+        return fmt.to_float32(found, column.dtype)
+
+    def _grad_column(self, site: str) -> Column | None:
+        if site not in self.grad_sites:
+            return None
+        return Column(fmt.grad_name(site), self.width(site), self._grad_dtype)
 
     def _sites(self, site: str, target: str | None) -> tuple[str, ...]:
         sites = (site,) if target is None else (site, target)
@@ -147,9 +159,11 @@ class DiskStore:
         return sites
 
     def _batch(self, sites: tuple[str, ...], rows: Int[np.ndarray, " n"]) -> Batch:
-        refs = torch.from_numpy(rows)
+        refs, units = torch.from_numpy(rows), torch.from_numpy(self._maps.units(rows))
         x, *others = [self.rows(site, refs) for site in sites]
-        return Batch(x, others[0] if others else x, refs, torch.from_numpy(self._maps.units(rows)))
+        column = self._grad_column(sites[0])
+        grad = None if column is None else self._read(column, rows)
+        return Batch(x, others[0] if others else x, refs, units, grad)
 
     # ----------------------------------------------------------------- windows and their text
 

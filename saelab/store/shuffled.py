@@ -34,19 +34,32 @@ class Order:
     """Whether batches run on over the end of an epoch; else its last batch is short."""
 
 
+@dataclass(frozen=True)
+class Column:
+    """A stored tensor with a row of numbers for each row of the store."""
+
+    name: str
+    """In the shards."""
+    width: int
+    dtype: torch.dtype
+
+
 @final
 class Shuffler:
     """Gives one `Order` of a store's rows without end, from any place in it."""
 
     def __init__(
-        self, maps: ShardMaps, order: Order, dtype: torch.dtype, widths: list[int], n_bytes: int
+        self, maps: ShardMaps, order: Order, sites: list[Column], grad: Column | None, n_bytes: int
     ) -> None:
-        """Count the chosen rows; the buffer takes `n_bytes`, but holds at least 8 batches."""
+        """Count the chosen rows; the buffer takes `n_bytes`, but holds at least 8 batches.
+
+        Gradients come on top of `n_bytes`, so that the order is the same with and without them.
+        """
         self._maps = maps
         self._order = order
-        self._dtype = dtype
-        self._widths = widths
-        per_row = sum(widths) * dtype.itemsize
+        self._columns = sites if grad is None else [*sites, grad]
+        self._has_grad = grad is not None
+        per_row = sum(column.width * column.dtype.itemsize for column in sites)
         self._block = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // per_row))
         self._counts = self._count()
         self.total = int(self._counts.sum())
@@ -90,8 +103,8 @@ class Shuffler:
         """Read the chosen rows of some blocks into the buffer; return how many there are."""
         rows = self._rows(blocks)
         rows = rows[self._maps.chosen(rows, self._order.sites, self._order.split)]
-        for site, space in zip(self._order.sites, self._space, strict=True):
-            self._maps.gather(site, rows, space[: len(rows)])
+        for column, space in zip(self._columns, self._space, strict=True):
+            self._maps.gather(column.name, rows, space[: len(rows)])
         self._numbers = torch.from_numpy(rows)
         self._units = torch.from_numpy(self._maps.units(rows))
         return len(rows)
@@ -99,13 +112,15 @@ class Shuffler:
     @cached_property
     def _space(self) -> list[np.ndarray]:
         n = min(self._capacity + self._block, self.total)
-        sites = zip(self._order.sites, self._widths, strict=True)
-        return [np.empty((n, width), dtype=self._maps.dtype(site)) for site, width in sites]
+        return [np.empty((n, c.width), dtype=self._maps.dtype(c.name)) for c in self._columns]
 
     def _take(self, order: Int[Tensor, " n"]) -> Batch:
         chosen = order.numpy()
-        x, *others = [fmt.to_float32(space[chosen], self._dtype) for space in self._space]
-        return Batch(x, others[0] if others else x, self._numbers[order], self._units[order])
+        columns = zip(self._columns, self._space, strict=True)
+        x, *others = [fmt.to_float32(space[chosen], column.dtype) for column, space in columns]
+        grad = others.pop() if self._has_grad else None
+        y = others[0] if others else x
+        return Batch(x, y, self._numbers[order], self._units[order], grad)
 
     # --------------------------------------------------------------------------------- the blocks
 
@@ -135,9 +150,11 @@ def _join(pieces: list[Batch]) -> Batch:
         return pieces[0]
     x = torch.cat([piece.x for piece in pieces])
     same = all(piece.y is piece.x for piece in pieces)
+    grads = [piece.grad for piece in pieces if piece.grad is not None]
     return Batch(
         x,
         x if same else torch.cat([piece.y for piece in pieces]),
         torch.cat([piece.rows for piece in pieces]),
         torch.cat([piece.documents for piece in pieces]),
+        torch.cat(grads) if grads else None,
     )

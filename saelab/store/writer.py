@@ -8,7 +8,7 @@ byte.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from saelab import artifacts
 from saelab.config import canonical_json
 from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError, nearest
 from saelab.store import format as fmt
-from saelab.types import Document, Mask, Shard
+from saelab.types import Document, Mask, Shard, grad_dtype
 
 _log = logging.getLogger(__name__)
 _CHUNK = 4096
@@ -56,13 +56,18 @@ class StoreWriter:
         dtype: str,
         *,
         rows_per_shard: int = DEFAULT_ROWS_PER_SHARD,
+        grad_sites: Collection[str] = (),
         advice: Advice = _ADVICE,
     ) -> None:
-        """Open the draft for these sites (name → width). Raises ConfigError on an unknown dtype."""
+        """Open the draft for these sites (name → width), and gradients at some of them.
+
+        Raises ConfigError on an unknown dtype.
+        """
         if dtype not in fmt.DTYPES:
             raise ConfigError(f"unknown store dtype {dtype!r}; {nearest(dtype, [*fmt.DTYPES])}")
         self.sites = dict(sites)
         self.dtype = dtype
+        self.grad_sites = tuple(grad_sites)
         self.rows_per_shard = rows_per_shard
         self._advice = advice
         self._draft = draft
@@ -117,9 +122,9 @@ class StoreWriter:
             raise ArtifactError("a store needs at least one row; nothing was appended to this one")
         partials = [artifacts.read_json(self._cursor_path(i)) for i in range(self.n_shards)]
         sites = {site: _combine([p["sites"][site] for p in partials]) for site in self.sites}
-        means = {site: torch.tensor(s["sum"], dtype=torch.float64) for site, s in sites.items()}
-        for site, total in sites.items():
-            means[site] /= max(total["kept"]["train"], 1)
+        grads = {site: _combine([p["grads"][site] for p in partials]) for site in self.grad_sites}
+        means = {site: _mean(total) for site, total in sites.items()}
+        means |= {fmt.grad_name(site): _mean(total) for site, total in grads.items()}
         self._draft.write(fmt.STATS, fmt.to_bytes(means))
         index = _index(self._draft.folder, self.n_shards)
         self._draft.write(fmt.INDEX, fmt.to_bytes(index))
@@ -133,8 +138,18 @@ class StoreWriter:
             "sites": self.sites,
             "kept": {site: s["kept"] for site, s in sites.items()},
             "masked": {site: s["masked"] for site, s in sites.items()},
-            "stats": {site: _scalars(s, float(median_norm[site])) for site, s in sites.items()},
+            "stats": {
+                site: _scalars(s) | {"median_norm": float(median_norm[site])}
+                for site, s in sites.items()
+            },
+            **self._grad_facts(grads),
         } | (facts or {})
+
+    def _grad_facts(self, grads: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        if not grads:
+            return {}
+        stats = {site: _scalars(total) for site, total in grads.items()}
+        return {"grad_dtype": grad_dtype(self.dtype), "grad_stats": stats}
 
     def discard(self) -> None:
         """Remove everything written so far, when the source turns out to be unusable."""
@@ -152,18 +167,37 @@ class StoreWriter:
         widths = {site: x.shape[1] for site, x in shard.x.items()}
         if widths != self.sites:
             raise ShapeError(f"this store holds sites {self.sites}, but a shard has {widths}")
+        if {*shard.grad} != {*self.grad_sites}:
+            raise ShapeError(
+                f"this store holds gradients at {[*self.grad_sites]}, but a shard has them at "
+                f"{[*shard.grad]}"
+            )
         n = len(shard.tokens)
         for site in self.sites:
             if len(shard.x[site]) != n or len(shard.mask[site]) != n:
                 raise ShapeError(f"the token table has {n} rows, but site {site!r} has another")
+            grad = shard.grad.get(site)
+            if grad is not None and grad.shape != shard.x[site].shape:
+                raise ShapeError(
+                    f"site {site!r} has rows {tuple(shard.x[site].shape)}, but gradients "
+                    f"{tuple(grad.shape)}"
+                )
 
     def _write(self, number: int, shard: Shard, given: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
-        partial = {}
+        partial: dict[str, Any] = {}
+        partial_grad: dict[str, Any] = {}
         for site in self.sites:
             x = shard.x[site].to(fmt.DTYPES[self.dtype])
             mask, partial[site] = _measure(site, x, shard, self._advice)
             tensors |= {site: x, fmt.mask_name(site): mask}
+        for site in self.grad_sites:
+            grad = shard.grad[site].to(fmt.DTYPES[grad_dtype(self.dtype)])
+            mask = tensors[fmt.mask_name(site)]
+            partial_grad[site] = _measure_grad(site, grad, mask, shard, self._advice)
+            tensors[fmt.grad_name(site)] = grad
+        if shard.label is not None:
+            tensors[fmt.LABEL] = shard.label.int()
         columns = {
             name: getattr(shard.tokens, name).to(dtype, copy=True)
             for name, dtype in fmt.COLUMNS.items()
@@ -171,7 +205,8 @@ class StoreWriter:
         self._draft.write(fmt.shard_name(number), fmt.to_bytes(tensors))
         self._draft.write(fmt.tokens_name(number), fmt.to_bytes(columns))
         self._draft.write(fmt.documents_name(number), _lines(shard.documents))
-        cursor = {"rows": len(shard.tokens), "sites": partial, "given": given}
+        cursor = {"rows": len(shard.tokens), "sites": partial, "grads": partial_grad}
+        cursor["given"] = given
         artifacts.write_file(self._cursor_path(number), canonical_json(cursor).encode())
 
 
@@ -190,32 +225,52 @@ def _measure(
 ) -> tuple[Shaped[Tensor, " n"], dict[str, Any]]:
     """Return the mask with NONFINITE set, and exact sums over the kept training rows."""
     mask = shard.mask[site].clone()
-    train = ~shard.heldout
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    norm = square = 0.0
-    for start in range(0, len(x), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        wide = x[part].double()
-        squares = wide.square().sum(1)
-        _refuse_nonfinite(site, shard, start, squares, mask[part], advice)
-        chosen = (mask[part] == 0) & train[part]
-        total += wide[chosen].sum(0)
-        norm += float(squares[chosen].sqrt().sum())
-        square += float(squares[chosen].sum())
-    kept = mask == 0
+    sums = _sums(_Given(f"site {site!r}", shard.x[site], shard, advice), x, mask)
+    train, kept = ~shard.heldout, mask == 0
     counts = {"train": int((kept & train).sum()), "heldout": int((kept & shard.heldout).sum())}
     masked = {str(r.name): int((mask & int(r)).ne(0).sum()) for r in Mask}
-    sums = {"sum": total.tolist(), "norm": norm, "square": square}
     return mask, sums | {"kept": counts, "masked": masked}
 
 
+def _measure_grad(
+    site: str, grad: Float[Tensor, "n d"], mask: Shaped[Tensor, " n"], shard: Shard, advice: Advice
+) -> dict[str, Any]:
+    """Return exact sums of the gradients at the site's kept training rows."""
+    given = _Given(f"the gradient at site {site!r}", shard.grad[site], shard, advice)
+    train = int(((mask == 0) & ~shard.heldout).sum())
+    return _sums(given, grad, mask.clone()) | {"kept": {"train": train}}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Rows as they came, with what a message about them needs."""
+
+    what: str
+    rows: Tensor
+    shard: Shard
+    advice: Advice
+
+
+def _sums(
+    given: _Given, stored: Float[Tensor, "n d"], mask: Shaped[Tensor, " n"]
+) -> dict[str, Any]:
+    """Return float64 sums over the kept training rows; mark what is not finite in `mask`."""
+    total = torch.zeros(stored.shape[1], dtype=torch.float64)
+    norm = square = 0.0
+    for start in range(0, len(stored), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        wide = stored[part].double()
+        squares = wide.square().sum(1)
+        _refuse_nonfinite(given, start, squares, mask[part])
+        chosen = (mask[part] == 0) & ~given.shard.heldout[part]
+        total += wide[chosen].sum(0)
+        norm += float(squares[chosen].sqrt().sum())
+        square += float(squares[chosen].sum())
+    return {"sum": total.tolist(), "norm": norm, "square": square}
+
+
 def _refuse_nonfinite(
-    site: str,
-    shard: Shard,
-    start: int,
-    squares: Float[Tensor, " m"],
-    mask: Shaped[Tensor, " m"],
-    advice: Advice,
+    given: _Given, start: int, squares: Float[Tensor, " m"], mask: Shaped[Tensor, " m"]
 ) -> None:
     """Mark non-finite rows in `mask`; raise if one of them was to be kept."""
     bad = ~squares.isfinite()
@@ -223,21 +278,21 @@ def _refuse_nonfinite(
         return
     if not (bad & (mask == 0)).any():
         _log.warning(
-            "site %s: %d masked rows hold NaN, infinity or more than the store's dtype can hold",
-            site,
+            "%s: %d masked rows hold NaN, infinity or more than the store's dtype can hold",
+            given.what,
             int(bad.sum()),
         )
         mask[bad] |= int(Mask.NONFINITE)
         return
     row = start + int((bad & (mask == 0)).nonzero()[0])
-    given = shard.x[site][row]
-    what, remedy = "NaN or infinity", advice.nonfinite
-    if given.isfinite().all():
-        what = f"{float(given.abs().max()):.4g}, more than float16 can hold"
-        remedy = advice.overflow
+    what, remedy = "NaN or infinity", given.advice.nonfinite
+    if given.rows[row].isfinite().all():
+        what = f"{float(given.rows[row].abs().max()):.4g}, more than float16 can hold"
+        remedy = given.advice.overflow
+    tokens = given.shard.tokens
     raise NonFiniteError(
-        f"site {site!r} holds {what} at position {int(shard.tokens.position[row])} of window "
-        f"{int(shard.tokens.window[row])}, document {int(shard.tokens.document[row])}; {remedy}"
+        f"{given.what} holds {what} at position {int(tokens.position[row])} of window "
+        f"{int(tokens.window[row])}, document {int(tokens.document[row])}; {remedy}"
     )
 
 
@@ -246,13 +301,13 @@ def _combine(parts: list[dict[str, Any]]) -> dict[str, Any]:
     total = np.zeros(len(parts[0]["sum"]))
     for part in parts:
         total += np.array(part["sum"])
-    return {
-        "sum": total,
-        "norm": _add(part["norm"] for part in parts),
-        "square": _add(part["square"] for part in parts),
-        "kept": {k: sum(p["kept"][k] for p in parts) for k in parts[0]["kept"]},
-        "masked": {k: sum(p["masked"][k] for p in parts) for k in parts[0]["masked"]},
+    counts = {
+        name: {k: sum(p[name][k] for p in parts) for k in parts[0][name]}
+        for name in ("kept", "masked")
+        if name in parts[0]
     }
+    norm, square = (_add(part[name] for part in parts) for name in ("norm", "square"))
+    return {"sum": total, "norm": norm, "square": square, **counts}
 
 
 def _add(values: Any) -> float:
@@ -262,13 +317,16 @@ def _add(values: Any) -> float:
     return total
 
 
-def _scalars(total: dict[str, Any], median_norm: float) -> dict[str, float | int]:
+def _mean(total: dict[str, Any]) -> Float[Tensor, " d"]:
+    return torch.tensor(total["sum"], dtype=torch.float64) / max(total["kept"]["train"], 1)
+
+
+def _scalars(total: dict[str, Any]) -> dict[str, float | int]:
     n = total["kept"]["train"]
     return {
         "n": n,
         "mean_norm": total["norm"] / max(n, 1),
         "mean_square_norm": total["square"] / max(n, 1),
-        "median_norm": median_norm,
     }
 
 

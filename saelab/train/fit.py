@@ -78,6 +78,13 @@ def fit(
 
 
 def _trainer(member: Member, store: Store, config: TrainConfig) -> GradientTrainer:
+    if getattr(member.dictionary.config, "needs_grad", False) and (
+        member.site not in store.grad_sites
+    ):
+        raise ConfigError(
+            f"{member.name} is trained on the gradients of the model's loss, but the store holds "
+            f"none at {member.site}; harvest it with harvest.gradient: sampled, or data"
+        )
     match member.dictionary:
         case GradientTrained():
             return GradientTrainer(member, store, config)

@@ -7,7 +7,7 @@ from crash import assert_survives_every_crash
 from safetensors.torch import load_file
 
 from saelab import artifacts
-from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError
+from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError, SiteError
 from saelab.store import ArraysConfig, from_arrays, open_store, planted
 from saelab.store.flat import FlatConfig, FlatWorld
 from saelab.store.synthetic import SITE, fill_synthetic
@@ -57,6 +57,43 @@ def test_documents_masks_and_aligned_sites_are_taken(save, tmp_path):
     batch = next(store.batches("in", batch=10, seed=0, split="all", target="out"))
     assert torch.equal(batch.y, -batch.x[:, :2])
     assert torch.equal(batch.documents, ((batch.rows >= 20) & (batch.rows < 30)).long())
+
+
+def test_gradients_are_taken_beside_the_rows(save, tmp_path):
+    x, grad = rows(), rows(d=2) * 1e-6
+    files = {"in": save("x", x), "out": save("y", -x[:, :2])}
+    masked = save("masked", np.arange(50) == 4)
+    grad[4] = np.nan
+    options = {"sites": files, "gradients": {"out": save("g", grad)}, "masked": masked}
+    store = open_store(from_arrays(ArraysConfig(**options, rows_per_shard=20), tmp_path, "own"))
+    assert store.grad_sites == ("out",)
+    for batch in store.scan("out", batch=16):
+        assert torch.equal(batch.grad, torch.from_numpy(grad)[batch.rows])
+    assert next(store.scan("in", batch=16)).grad is None
+    assert store.facts["grad_stats"]["out"]["n"] == store.n_kept("out", "train")
+    half = ArraysConfig(**options, dtype="float16")
+    batch = next(open_store(from_arrays(half, tmp_path, "own")).scan("out", batch=50))
+    wanted = torch.from_numpy(grad).bfloat16().float()[batch.rows]
+    assert torch.equal(batch.grad, wanted)
+    assert wanted.abs().min() > 0
+    without = ArraysConfig(sites=files, masked=masked, rows_per_shard=20)
+    assert open_store(from_arrays(without, tmp_path, "own")).grad_sites == ()
+
+
+def test_gradients_that_do_not_fit_are_named(save, tmp_path):
+    files = {"mine": save("x", rows())}
+
+    def make(**gradients):
+        from_arrays(ArraysConfig(sites=files, gradients=gradients), tmp_path, "own")
+
+    with pytest.raises(ShapeError, match=r"few\.npy should hold .* \(50, 3\), but has shape \(49"):
+        make(mine=save("few", rows(49)))
+    with pytest.raises(SiteError, match=r"no rows.*mine"):
+        make(main=save("g", rows()))
+    bad = rows()
+    bad[7, 1] = np.inf
+    with pytest.raises(NonFiniteError, match=r"the gradient at site 'mine' .* document 7"):
+        make(mine=save("bad", bad))
 
 
 def test_the_same_arrays_make_the_store_once(save, tmp_path):
