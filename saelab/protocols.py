@@ -113,6 +113,8 @@ class Store(Protocol):
     sites: tuple[str, ...]
     grad_sites: tuple[str, ...]
     """The sites whose batches have a `grad`: the gradient of the model's loss at `x`."""
+    grad_labels: Literal["data", "sampled"] | None
+    """Labels of that loss: the text's next tokens, or the model's own; None: none, or unknown."""
     n_rows: int
     n_windows: int
 

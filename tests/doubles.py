@@ -29,6 +29,7 @@ class ArrayStore:
         self.model_fingerprint: str | None = None
         self.sites = tuple(sites)
         self.grad_sites = tuple(self._grads)
+        self.grad_labels = "sampled" if grads else None
         self.n_rows = len(next(iter(sites.values())))
         self.n_windows = -(-self.n_rows // window)
 

@@ -75,6 +75,7 @@ class OnlineStore:
         self.model_name: str | None = model.name
         self.model_fingerprint: str | None = model.fingerprint
         self.sites, self.grad_sites = tuple(config.sites), config.grad_sites
+        self.grad_labels = None if config.gradient == "none" else config.gradient
         self.n_rows = corpus.tokens
         self.n_windows = self._report.windows
         self.content_hash = digest(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class DiskStore:
         self.n_windows: int = self.facts["n_windows"]
         self.dtype = fmt.DTYPES[self.facts["dtype"]]
         self.grad_sites = tuple(self.facts.get("grad_stats", {}))
+        self.grad_labels: Literal["data", "sampled"] | None
+        self.grad_labels = self.facts.get("gradient", {}).get("labels")
         self._grad_dtype = fmt.DTYPES[self.facts.get("grad_dtype", "float32")]
         self.buffer_bytes = buffer_bytes
         self._maps = ShardMaps(path)

@@ -199,7 +199,7 @@ def test_rows_masks_and_documents_are_those_of_a_store_without_gradients(
 
 def test_batches_scans_and_targets_carry_the_gradient_of_their_input(paths):
     store = open_store(paths["data"])
-    assert store.grad_sites == SITES
+    assert (store.grad_sites, store.grad_labels) == (SITES, "data")
     whole = {site: stored(paths["data"], f"grad:{site}") for site in SITES}
     for site, target in ((SITES[0], None), (SITES[1], SITES[0])):
         for b in [
@@ -276,7 +276,7 @@ def test_gradients_without_a_disk_are_those_on_disk(paths, toy_model, toy_corpus
         )
         online = OnlineStore(toy_model, CorpusConfig(source=str(toy_corpus), **FIELDS), config)
         whole = stored(path, f"grad:{SITES[1]}")
-        assert online.grad_sites == SITES
+        assert (online.grad_sites, online.grad_labels) == (SITES, kind)
         for b in online.scan(SITES[1], batch=64, target=SITES[0]):
             assert torch.equal(b.grad, whole[b.rows])
         for b in islice(online.batches(SITES[1], batch=64, seed=0), 20):
