@@ -13,8 +13,9 @@ With unit atoms, a matching-pursuit step by v leaves energy ‖r‖² − v² an
 
 A step needs only the scores, and with the atoms' Gram matrix G it changes them by − v · G[j]: one
 row of G is read where the plain loop takes a product with all atoms. `kernels.pursuit` does that
-for one row of x at a time, whose scores never leave the core's own cache; the torch form here does
-it for a few rows together. docs/methods/matching_pursuit.md says what each of them takes.
+for one row of x at a time, whose scores never leave the core's own cache, and where scores are
+equal up to their rounding it asks the residual itself, in float64; the torch form here takes a few
+rows together and leaves such ties as they fall. docs/methods/matching_pursuit.md has the times.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -183,8 +184,8 @@ def _pursue_scores(
     order = torch.full((len(x), k), -1, dtype=torch.int64, device=x.device)
     coefficients = x.new_zeros(len(x), k)
     scores, floor, energy = x @ atoms.T, _floor(x), x.square().sum(1)
-    if compiled(scores, gram):
-        _run_kernel(scores, gram, floor, energy, rule, order, coefficients)
+    if compiled(x, atoms, gram):
+        _run_kernel(x, atoms, scores, gram, floor, rule, order, coefficients)
         return order, coefficients
 
     def run(start: int) -> None:
@@ -212,15 +213,16 @@ def compiled(*tensors: Tensor) -> bool:
 
 
 def _run_kernel(
+    x: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "n_atoms d"],
     scores: Float[Tensor, "n n_atoms"],
     gram: Float[Tensor, "n_atoms n_atoms"],
     floor: Float[Tensor, " n"],
-    energy: Float[Tensor, " n"],
     rule: _Rule,
     order: Int[Tensor, "n k"],
     coefficients: Float[Tensor, "n k"],
 ) -> None:
-    """Do as `_step_block` for all rows."""
+    """Do as `_step_block` for all rows, and tell apart exactly what scores cannot tell apart."""
     from saelab.kernels.pursuit import pursue_rows
 
     table = scores.numpy()
@@ -230,8 +232,9 @@ def _run_kernel(
     kernels.over_rows(
         pursue_rows,
         len(scores),
-        *(table, bits, gram.contiguous().numpy(), floor.numpy(), energy.numpy(), float(rule.tol)),
-        *(flip, keep, rule.sign == "nonneg", rule.reuse, order.numpy(), coefficients.numpy()),
+        *(x.contiguous().numpy(), atoms.contiguous().numpy(), table, bits),
+        *(gram.contiguous().numpy(), floor.numpy(), float(rule.tol), flip, keep),
+        *(rule.sign == "nonneg", rule.reuse, order.numpy(), coefficients.numpy()),
     )
 
 

@@ -151,6 +151,30 @@ def test_in_single_precision_selections_differ_from_the_plain_loop_in_ties_only(
     assert float(quick.residual.square().sum()) == pytest.approx(float(plain), rel=1e-5)
 
 
+def short_of_the_best(trace, x, atoms):
+    """Return by how much each chosen score misses the best one, after the same steps, exactly."""
+    residual, short = x.double(), []
+    for step in range(trace.order.shape[1]):
+        size = (residual @ atoms.double().T).abs()
+        atom = trace.order[:, step]
+        short.append(size.amax(1) - size.gather(1, atom[:, None])[:, 0])
+        residual = residual - trace.coefficients[:, step, None].double() * atoms[atom].double()
+    return torch.stack(short, 1)
+
+
+@needs_numba
+def test_the_kernel_tells_apart_what_single_precision_cannot():
+    # each atom has seven others that differ from it in the last bits only
+    atoms = (unit(50, 24, 0)[:, None] + 2e-7 * unit(400, 24, 1).view(50, 8, 24)).view(400, 24)
+    x = 5 * unit(200, 24, 2)
+    traces = []
+    for form in ("torch", "numba"):
+        with using(form):
+            traces.append(pursue(x, atoms, 6, gram=atoms @ atoms.T))
+    assert (short_of_the_best(traces[0], x, atoms) > 1e-9).any()
+    assert short_of_the_best(traces[1], x, atoms).max() < 1e-12
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_that_are_not_finite_stop_at_once(form):
     atoms, x = unit(40, 8, 0), unit(5, 8, 1)
