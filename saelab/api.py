@@ -5,7 +5,6 @@ an artifact's draft.
 """
 
 import functools
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from saelab import artifacts, assets, dictionaries, models, store
+from saelab import artifacts, dictionaries, models, store
 from saelab.artifacts import Draft, canonical_line, read_manifest
 from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
 from saelab.evals.core import CoreConfig, CoreEvaluator
@@ -27,12 +26,14 @@ from saelab.harvest import corpus as corpora
 from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.harvest.online import OnlineStore
+from saelab.passes import Load
 from saelab.progress import Bar
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.store.arrays import ArraysConfig, from_arrays
+from saelab.store.reader import BUFFER_BYTES
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
-from saelab.train.fit import Fitted, Member, TrainConfig
+from saelab.train.fit import CALIBRATION_ROWS, Done, Fitted, Member, TrainConfig
 from saelab.train.fit import fit as fit_members
 from saelab.train.progress import describe
 
@@ -245,23 +246,6 @@ def store_from_arrays(
     return from_arrays(config, out, name)
 
 
-def shared_stores() -> Path:
-    """Return the folder in the cache that holds the stores."""
-    return assets.cache_dir() / "artifacts"
-
-
-def remove_shared_store(key: str) -> Path:
-    """Remove the one shared store whose key starts so. Raises ArtifactError if none or several
-    do."""
-    found = [p for p, m in artifacts.find_all(shared_stores(), "store") if m.key.startswith(key)]
-    if len(found) != 1:
-        raise ArtifactError(
-            f"{len(found)} stores have a key that starts with {key!r}; see `saelab cache list`"
-        )
-    shutil.rmtree(found[0])
-    return found[0]
-
-
 # ------------------------------------------------------------------------- the dictionaries' stage
 
 
@@ -277,12 +261,19 @@ class MemberSpec:
     draft: Draft
 
 
-def training_bytes(config: dict[str, Any], settings: TrainConfig) -> int:
+_STEP_MATRICES = 8
+"""Matrices of batch × latents that a step holds at most: a gated type's."""
+
+
+def training_load(member: int, site: str, config: dict[str, Any], settings: TrainConfig) -> Load:
     """Return about how much memory training a member takes; nothing is allocated."""
     with torch.device("meta"):
         dictionary = dictionaries.create(config)
     weights = 4 * sum(p.numel() for p in dictionary.parameters())
-    return 5 * weights + 3 * 4 * settings.batch * dictionary.d_sae
+    step = _STEP_MATRICES * 4 * settings.batch * dictionary.d_sae
+    checkpoint = 6 * weights
+    reading = BUFFER_BYTES + 2 * 4 * CALIBRATION_ROWS * dictionary.d_in
+    return Load(member, site, 4 * weights, max(step, checkpoint), reading)
 
 
 def train(
@@ -291,13 +282,13 @@ def train(
     settings: TrainConfig,
     *,
     device: torch.device,
+    done: Done | None = None,
 ) -> list[Fitted]:
-    """Train the members on one stream and save each into its draft."""
+    """Train the members on one stream and save each into its draft; see `train.fit.fit`."""
     activations = open_store(path)
-    members = [_member(spec, device) for spec in specs]
     with Bar("train", settings.steps, "steps") as bar:
         return fit_members(
-            members, activations, settings,
+            (_member(spec, device) for spec in specs), activations, settings, done=done,
             report=lambda info: bar.update(info["step"], describe(info)),
         )  # fmt: skip
 

@@ -91,7 +91,8 @@ def _run(config: Path, overrides: list[str] | None, until: Any, wait: float) -> 
     from saelab import pipeline, report
 
     loaded = pipeline.load_config(config, overrides or [])
-    steps = pipeline.run(loaded, until=until, wait=wait)
+    made = pipeline.Run(loaded, wait=wait)
+    steps = made.execute(until)
     _print_steps(steps)
     for step in steps:
         if step.stage == "results":
@@ -99,6 +100,7 @@ def _run(config: Path, overrides: list[str] | None, until: Any, wait: float) -> 
             console.print(report.scorecard(step.path))
     if any(step.stage == "features" for step in steps):
         console.print(f"\nBrowse it:  saelab app {loaded.out}")
+    made.raise_diverged()
 
 
 def _print_steps(steps: list[Any]) -> None:
@@ -245,9 +247,9 @@ def sites(
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, extras, device, disk, cached assets."""
-    from saelab import planning
+    from saelab import doctor
 
-    console.print(planning.doctor())
+    console.print(doctor.doctor())
 
 
 # ------------------------------------------------------------------------- assets, cache and arrays
@@ -292,17 +294,17 @@ def assets_verify() -> None:
 @cache_app.command("list")
 def cache_list() -> None:
     """List the shared stores."""
-    from saelab import api, report
+    from saelab import report, stages
 
-    console.print(report.listing(api.shared_stores()))
+    console.print(report.listing(stages.shared_stores()))
 
 
 @cache_app.command("rm")
 def cache_rm(key: Annotated[str, typer.Argument(help="The start of a store's key.")]) -> None:
     """Remove a shared store; runs that need it harvest again."""
-    from saelab import api
+    from saelab import stages
 
-    console.print(f"removed {api.remove_shared_store(key)}")
+    console.print(f"removed {stages.remove_shared_store(key)}")
 
 
 @store_app.command("from-npy")

@@ -4,68 +4,33 @@
                                       └────────index───→ FEATURES
 
 Every stage is looked up by its key first, in `out` and then wherever it was finished before.
-Nothing is overwritten: an edited config adds siblings.
+Members that are missing are trained together, in as many passes over the store as memory needs.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from saelab import api, artifacts, assets
-from saelab.artifacts import Draft, Parent, artifact_path, stage_key
-from saelab.config import first_difference
+from saelab.artifacts import Draft
 from saelab.dictionaries import config_class
-from saelab.errors import ArtifactError, ConfigError, ResourceError
+from saelab.errors import ArtifactError, ConfigError, DivergedError
 from saelab.members import Member
 from saelab.models import ModelIdentity, identify, resolve_device
+from saelab.passes import Pass, check_memory, check_space, free_memory, needed, split
 from saelab.run_config import RunConfig, load_config
+from saelab.stages import STAGE_VERSION, Stages, Step, Work, shared_stores
+from saelab.train.fit import Fitted
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION = {"store": 1, "dictionary": 2, "results": 1, "features": 1}
-"""Bumped by hand when a stage's outputs change for the same inputs; the golden test asks for it."""
-
 STAGES = ("harvest", "train", "evaluate", "index")
 Stage = Literal["harvest", "train", "evaluate", "index"]
-Status = Literal["found", "made", "missing"]
-Fill = Callable[[Draft], dict[str, Any]]
-"""Writes an artifact's files into its draft and returns the manifest's facts."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One artifact, described by everything that decides its content."""
-
-    stage: str
-    name: str
-    inputs: dict[str, Any]
-    parents: list[Parent]
-
-    @property
-    def key(self) -> str:
-        """The stage key."""
-        return stage_key(self.stage, STAGE_VERSION[self.stage], self.inputs, self.parents)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a run does, or would do, about one artifact."""
-
-    stage: str
-    name: str
-    path: Path
-    status: Status
-    reason: str = ""
-    """Which field differs from the closest sibling, or what has to be made first."""
-    member: int | None = None
-    """Position in `dictionaries:`; None for the store."""
 
 
 def run(
@@ -77,14 +42,17 @@ def run(
 ) -> list[Step]:
     """Make everything of a run that is missing, up to a stage; return what was found and made.
 
-    Raises SaelabError for everything a user can cause. An interrupted run goes on with the same
-    call.
+    Raises SaelabError for everything a user can cause; DivergedError at the end, when all other
+    members are through. An interrupted run goes on with the same call.
     """  # fmt: skip
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
     elif overrides:
         raise ConfigError("overrides go with a path, a name or plain data, not with a RunConfig")
-    return Run(config, wait=wait).execute(until)
+    made = Run(config, wait=wait)
+    steps = made.execute(until)
+    made.raise_diverged()
+    return steps
 
 
 def explain(config: RunConfig, until: Stage = "index") -> list[Step]:
@@ -99,12 +67,12 @@ class Run:
         """Prepare a run; nothing is read or written yet."""
         self.config = config
         self.dry = dry
-        self.wait = wait
-        self.steps: list[Step] = []
         self.members = config.members()
-        self.registry = artifacts.Registry(assets.cache_dir() / "registry")
-        self.stores = assets.cache_dir() / "artifacts"
+        self.stages = Stages(assets.cache_dir(), dry=dry, wait=wait)
+        self.stores = shared_stores()
         """Stores are large and shared: they live in the cache, and `out` links to them."""
+        self.faults: dict[int, str] = {}
+        """By member, what is to be said of one that diverged."""
         self._verified: set[Path] = set()
 
     def execute(self, until: Stage) -> list[Step]:
@@ -115,8 +83,10 @@ class Run:
         self._check()
         store = self._store()
         if last < 1:
-            return self.steps
+            return self.stages.steps
         for number, path in enumerate(self._dictionaries(store)):
+            if number in self.faults:
+                continue
             for stage, wanted, make in (
                 ("results", last >= 2 and self.config.evaluate is not None, self._results),
                 ("features", last >= 3 and self.config.index is not None, self._features),
@@ -126,10 +96,16 @@ class Run:
                 if path is None or store is None:
                     name = self._name(self.members[number])
                     reason = "its dictionary has to be trained first"
-                    self._note(stage, name, self.config.out / stage, "missing", reason, number)
+                    folder = self.config.out / stage
+                    self.stages.note((stage, name), folder, "missing", reason, number)
                 else:
                     make(path, store, number)
-        return self.steps
+        return self.stages.steps
+
+    def raise_diverged(self) -> None:
+        """Raise DivergedError if members diverged."""
+        if self.faults:
+            raise DivergedError(self.faults, len(self.members))
 
     def _check(self) -> None:
         """Find before the first long stage what would stop a later one."""
@@ -157,16 +133,16 @@ class Run:
             manifest = artifacts.read_manifest(config.store)
             if manifest.stage != "store":
                 raise ArtifactError(f"{config.store} is a {manifest.stage}, but a store is wanted")
-            self._note("store", manifest.name, config.store, "found")
+            self.stages.note(("store", manifest.name), config.store, "found")
             return config.store
         work = self._store_work()
-        found = self._find(work, self.stores)
+        found = self.stages.find(work, self.stores)
         if found is None:
             if not self.dry:
                 self._check_disk()
-            found = self._make(work, self.stores, self._fill_store)
+            found = self.stages.make(work, self.stores, self._fill_store, str(self.device))
         else:
-            self._note(work.stage, work.name, found, "found")
+            self.stages.note(work, found, "found")
         if found is not None and not self.dry:
             _link(found, config.out / "store" / found.name)
         return found
@@ -190,29 +166,49 @@ class Run:
         return facts | {"model": config.model.plain() | {"name": self.model.name}}
 
     def _dictionaries(self, store: Path | None) -> list[Path | None]:
-        """Train all missing members together, one stream per site; return each one's folder."""
+        """Train all missing members, pass by pass; return each one's folder, None without one."""
         if store is None:
             for number, member in enumerate(self.members):
-                name, folder = self._name(member), self.config.out / "dictionary"
+                work, folder = ("dictionary", self._name(member)), self.config.out / "dictionary"
                 reason = "its store has to be made first"
-                self._note("dictionary", name, folder, "missing", reason, number)
+                self.stages.note(work, folder, "missing", reason, number)
             return [None] * len(self.members)
         works = [self._dictionary_work(member, store) for member in self.members]
-        paths: list[Path | None] = [self._find(work, self.config.out) for work in works]
+        paths = [self.stages.find(work, self.config.out) for work in works]
         for number, (work, path) in enumerate(zip(works, paths, strict=True)):
             if path is not None:
-                self._note(work.stage, work.name, path, "found", member=number)
+                self.stages.note(work, path, "found", member=number)
         missing = [i for i, path in enumerate(paths) if path is None]
         if self.dry:
             for i in missing:
-                self._make(works[i], self.config.out, None, i)
+                self.stages.miss(works[i], self.config.out, i)
             return paths
-        for site in sorted({works[i].inputs["site"] for i in missing}):
-            group = [i for i in missing if works[i].inputs["site"] == site]
-            made = self._train(works, group, store)
-            for i, path in zip(group, made, strict=True):
+        opened = api.open_store(store)
+        groups = self.passes(missing, {site: opened.width(site) for site in opened.sites})
+        for number, group in enumerate(groups, 1):
+            if len(groups) > 1:
+                log.info("pass %d of %d: %d dictionaries", number, len(groups), len(group.members))
+            for i, path in self._train(works, group.members, store).items():
                 paths[i] = path
         return paths
+
+    def passes(self, members: Sequence[int], widths: Mapping[str, int]) -> list[Pass]:
+        """Split members into what is trained in one pass over the store each, to fit in memory.
+
+        `widths` are those of the store's sites. Raises ResourceError if a member does not fit by
+        itself.
+        """
+        train, limit = self.config.train, self.config.memory_gb
+        assert train is not None
+        loads = []
+        for i in members:
+            member = self.members[i]
+            site = member.site or next(iter(widths))
+            config = {**member.fields, "d_in": widths[site]}
+            loads.append(api.training_load(i, site, config, train))
+            what = f"training {self._name(member)}"
+            check_memory(needed(loads[-1:]), what, self.device, limit)
+        return split(loads, 1e9 * limit if limit else free_memory(self.device))
 
     def _dictionary_work(self, member: Member, store: Path) -> Work:
         assert self.config.train is not None
@@ -233,29 +229,36 @@ class Run:
         }
         return Work("dictionary", self._name(member), inputs, parents)
 
-    def _train(self, works: list[Work], group: list[int], store: Path) -> list[Path]:
+    def _train(self, works: list[Work], group: Sequence[int], store: Path) -> dict[int, Path]:
+        """Train members in one pass; return the folders of those that did not diverge."""
         assert self.config.train is not None
-        settings = self.config.train
-        needed = sum(api.training_bytes(works[i].inputs["dictionary"], settings) for i in group)
-        check_memory(needed, f"training {len(group)} dictionaries at once", self.device)
         self._verify(store)
-        reasons = [self._reason(works[i], self.config.out) for i in group]
+        out, model = self.config.out, artifacts.read_manifest(store).facts.get("model")
+        reasons = {i: self.stages.reason(works[i], out) for i in group}
         with ExitStack() as stack:
-            drafts = [stack.enter_context(self._draft(self.config.out, works[i])) for i in group]
-            todo = [
-                (works[i], api.MemberSpec(works[i].name, works[i].inputs, init, draft))
-                for i, init, draft in zip(
-                    group, (self.members[i].init for i in group), drafts, strict=True
-                )
-                if not draft.is_finished
+            drafts = {i: stack.enter_context(self.stages.draft(works[i], out)) for i in group}
+            todo = [i for i in group if not drafts[i].is_finished]
+            specs = [
+                api.MemberSpec(works[i].name, works[i].inputs, self.members[i].init, drafts[i])
+                for i in todo
             ]
-            outcomes = api.train([spec for _, spec in todo], store, settings, device=self.device)
-            model = artifacts.read_manifest(store).facts.get("model")
-            for (work, spec), outcome in zip(todo, outcomes, strict=True):
-                self._finish(spec.draft, work, outcome.facts | {"model": model}, outcome.provenance)
-        for i, draft, reason in zip(group, drafts, reasons, strict=True):
-            self._note("dictionary", works[i].name, draft.target, "made", reason, i)
-        return [draft.target for draft in drafts]
+
+            def done(place: int, fitted: Fitted) -> None:
+                i = todo[place]
+                provenance = fitted.provenance | {"device": str(self.device)}
+                facts = fitted.facts | {"model": model}
+                self.stages.finish(drafts[i], works[i], facts, provenance)
+
+            try:
+                api.train(specs, store, self.config.train, device=self.device, done=done)
+            except DivergedError as error:
+                self.faults |= {todo[place]: fault for place, fault in error.faults.items()}
+        for i in group:
+            status, reason = "made", reasons[i]
+            if i in self.faults:
+                status, reason = "diverged", self.faults[i]
+            self.stages.note(works[i], drafts[i].target, status, reason, i)
+        return {i: drafts[i].target for i in group if i not in self.faults}
 
     def _results(self, dictionary: Path, store: Path, member: int) -> None:
         assert self.config.evaluate is not None
@@ -271,7 +274,8 @@ class Run:
                 evals=evaluate.evals, configs=evaluate.settings(),
             )  # fmt: skip
 
-        self._find_or_make(Work("results", manifest.name, inputs, parents), fill, member)
+        work = Work("results", manifest.name, inputs, parents)
+        self.stages.find_or_make(work, self.config.out, fill, str(self.device), member)
 
     def _features(self, dictionary: Path, store: Path, member: int) -> None:
         assert self.config.index is not None
@@ -283,7 +287,8 @@ class Run:
             self._verify(store)
             return api.write_features(draft, dictionary, store, self._model_for(store), index)
 
-        self._find_or_make(Work("features", manifest.name, inputs, parents), fill, member)
+        work = Work("features", manifest.name, inputs, parents)
+        self.stages.find_or_make(work, self.config.out, fill, str(self.device), member)
 
     def _verify(self, store: Path) -> None:
         """Compare a store's files with their hashes, once per run and only if it is read."""
@@ -336,77 +341,6 @@ class Run:
                 f"({self.identity.dtype}); name the model that the store was harvested from"
             )
 
-    # --------------------------------------------------------------------------- finding and making
-
-    def _find(self, work: Work, out: Path) -> Path | None:
-        found = artifacts.find(out, work.stage, work.name, work.key)
-        if found is not None:
-            if not self.dry and self.registry.find(work.key) is None:
-                self.registry.record(artifacts.read_manifest(found), found)
-            return found
-        elsewhere = self.registry.find(work.key)
-        if elsewhere is None:
-            return None
-        if work.stage == "store" or self.dry:
-            return elsewhere
-        target = artifact_path(out, work.stage, work.name, work.key)
-        artifacts.adopt(elsewhere, target)
-        return target
-
-    def _find_or_make(self, work: Work, fill: Fill, member: int) -> None:
-        found = self._find(work, self.config.out)
-        if found is not None:
-            self._note(work.stage, work.name, found, "found", member=member)
-        else:
-            self._make(work, self.config.out, fill, member)
-
-    def _make(
-        self, work: Work, out: Path, fill: Fill | None, member: int | None = None
-    ) -> Path | None:
-        reason = self._reason(work, out)
-        target = artifact_path(out, work.stage, work.name, work.key)
-        if self.dry or fill is None:
-            self._note(work.stage, work.name, target, "missing", reason, member)
-            return None
-        with self._draft(out, work) as draft:
-            if not draft.is_finished:
-                self._finish(draft, work, fill(draft), {})
-        self._note(work.stage, work.name, target, "made", reason, member)
-        return target
-
-    def _draft(self, out: Path, work: Work) -> AbstractContextManager[Draft]:
-        return artifacts.open_draft(out, work.stage, work.name, work.key, wait=self.wait)
-
-    def _finish(
-        self, draft: Draft, work: Work, facts: dict[str, Any], provenance: dict[str, Any]
-    ) -> None:
-        manifest = draft.finish(
-            stage=work.stage, name=work.name, inputs=work.inputs, parents=work.parents,
-            facts=facts, provenance=provenance | {"device": str(self.device)},
-        )  # fmt: skip
-        self.registry.record(manifest, draft.target)
-
-    def _reason(self, work: Work, out: Path) -> str:
-        """Name the field in which this work differs from the closest finished sibling."""
-        siblings = [m for _, m in artifacts.find_all(out, work.stage) if m.name == work.name]
-        if not siblings:
-            return "not made yet"
-        differences = [first_difference(m.inputs, work.inputs) for m in reversed(siblings)]
-        return next((d for d in differences if d), "its parent or the stage's version changed")
-
-    def _note(
-        self,
-        stage: str,
-        name: str,
-        path: Path,
-        status: Status,
-        reason: str = "",
-        member: int | None = None,
-    ) -> None:
-        if not self.dry:
-            log.info("%s %s: %s%s", stage, name, status, f" ({reason})" if reason else "")
-        self.steps.append(Step(stage, name, path, status, reason, member))
-
     def _name(self, member: Member) -> str:
         return f"{self.config.name}-{member.name}"
 
@@ -415,32 +349,6 @@ class Run:
             assert self.config.corpus and self.config.harvest
             needed = api.store_bytes(self.model, self.config.corpus, self.config.harvest)
             check_space(self.stores, needed)
-
-
-def check_memory(needed: float, what: str, device: torch.device) -> None:
-    """Raise ResourceError if the device's memory, as a whole, is smaller than `needed` bytes."""
-    total = psutil.virtual_memory().total
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    if needed > 0.9 * total:
-        raise ResourceError(
-            f"{what} needs {needed / 1e9:.1f} GB of memory, but {device.type} has "
-            f"{total / 1e9:.1f} GB; lower d_sae or train.batch, or train fewer at once"
-        )
-
-
-def check_space(folder: Path, needed: int, what: str = "the store") -> None:
-    """Raise ResourceError if the disk that holds `folder` lacks `needed` bytes and a tenth more."""
-    import shutil
-
-    existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < 1.1 * needed:
-        raise ResourceError(
-            f"{what} needs {needed / 1e9:.2f} GB, but {existing} has {free / 1e9:.2f} GB free. "
-            "Ask for fewer tokens or sites, or a narrower dtype, or set SAELAB_CACHE to a "
-            "larger disk."
-        )
 
 
 def _link(target: Path, link: Path) -> None:
@@ -459,4 +367,4 @@ def _slug(source: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in tail)[:40] or "store"
 
 
-__all__ = ["Run", "RunConfig", "Step", "explain", "load_config", "run"]
+__all__ = ["STAGE_VERSION", "Run", "RunConfig", "Step", "explain", "load_config", "run"]

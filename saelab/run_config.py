@@ -75,6 +75,9 @@ class RunConfig(Config):
     """Where to compute."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; by default as many as there are cores."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """GB that training may take, in as many passes over the store as that needs; by default nine
+    tenths of what is free."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "RunConfig":

@@ -21,6 +21,7 @@ from saelab.harvest.corpus import CorpusConfig, CorpusReport, identity, survey, 
 from saelab.harvest.forward import Group, HarvestConfig, Harvester, groups
 from saelab.harvest.harvest import store_dtype
 from saelab.ops import shuffle
+from saelab.ops.loss_gradient import Labels
 from saelab.protocols import LanguageModel, SiteStats, Split
 from saelab.types import Batch, Shard, Window, grad_dtype
 
@@ -75,6 +76,7 @@ class OnlineStore:
         self.model_name: str | None = model.name
         self.model_fingerprint: str | None = model.fingerprint
         self.sites, self.grad_sites = tuple(config.sites), config.grad_sites
+        self.grad_labels: Labels | None
         self.grad_labels = None if config.gradient == "none" else config.gradient
         self.n_rows = corpus.tokens
         self.n_windows = self._report.windows

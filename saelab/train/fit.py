@@ -10,6 +10,7 @@ import logging
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -68,7 +69,7 @@ def fit(
     with _stop_on_signals() as stop:
         _loop(sweep, reports, stop)
     found: dict[int, Fitted] = {}
-    for place, fitted in _finished(sweep):
+    for place, fitted in sweep.finish():
         found[place] = fitted
         if done is not None:
             done(place, fitted)
@@ -137,7 +138,8 @@ class Sweep:
 
     def _advance(self, place: int, trainer: GradientTrainer, batch: Batch) -> bool:
         try:
-            return trainer.step(batch)
+            with self.clock.stepped(place):
+                return trainer.step(batch)
         except NonFiniteError as error:
             self.stop(place, trainer, error)
             return False
@@ -148,6 +150,25 @@ class Sweep:
         self.faults[place] = str(error)
         self.active.pop(place, None)
         trainer.discard()
+
+    def finish(self) -> Iterator[tuple[int, Fitted]]:
+        """Yield each member's place and what became of it; the member leaves.
+
+        They go site by site, so that the rows to calibrate on are read once per site.
+        """
+        for site in dict.fromkeys(t.member.site for t in self.active.values()):
+            rows = _Calibration(self, site)
+            for place in [i for i, t in self.active.items() if t.member.site == site]:
+                trainer = self.active.pop(place)
+                try:
+                    fitted = trainer.finish(rows.batches(trainer))
+                except NonFiniteError as error:
+                    self.stop(place, trainer, error)
+                    continue
+                times = {"step_seconds": round(self.clock.members[place], 3)}
+                provenance = {"resumed_at": trainer.resumed_at, **times, **self.clock.summary()}
+                del trainer  # its optimiser's memory is free before the next one finishes
+                yield place, replace(fitted, provenance=provenance)
 
     def checkpoint(self) -> None:
         """Write the state of every member."""
@@ -176,25 +197,6 @@ def _loop(sweep: Sweep, reports: list[Report], stop: threading.Event) -> None:
                 f"stopped after step {sweep.number} of {steps}, as asked. "
                 + _how_to_go_on(list(sweep.active.values()))
             )
-
-
-def _finished(sweep: Sweep) -> Iterator[tuple[int, Fitted]]:
-    """Finish the members site by site, so that the rows to calibrate on are read once per site.
-
-    A member leaves the sweep when it is finished, and its optimiser's memory is free again.
-    """
-    for site in dict.fromkeys(t.member.site for t in sweep.active.values()):
-        rows = _Calibration(sweep, site)
-        for place in [i for i, t in sweep.active.items() if t.member.site == site]:
-            trainer = sweep.active.pop(place)
-            try:
-                fitted = trainer.finish(rows.batches(trainer))
-            except NonFiniteError as error:
-                sweep.stop(place, trainer, error)
-                continue
-            provenance = {"resumed_at": trainer.resumed_at, **sweep.clock.summary()}
-            del trainer
-            yield place, replace(fitted, provenance=provenance)
 
 
 class _Calibration:
@@ -281,6 +283,8 @@ class _Clock:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.seconds = {"reading": 0.0, "stepping": 0.0, "logging": 0.0}
+        self.members: defaultdict[int, float] = defaultdict(float)
+        """By member, the seconds in its own steps, of those taken since it was resumed."""
         self.steps = 0
 
     @contextmanager
@@ -288,6 +292,12 @@ class _Clock:
         started = time.perf_counter()
         yield
         self.seconds[what] += time.perf_counter() - started
+
+    @contextmanager
+    def stepped(self, place: int) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.members[place] += time.perf_counter() - started
 
     def summary(self) -> dict[str, Any]:
         total = sum(self.seconds.values()) or 1e-9
