@@ -14,6 +14,7 @@ Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Auto
 arXiv 2404.16014.
 """
 
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saelab.dictionaries.penalty import PenalisedDictionary, PenaltyConfig
+from saelab.ops import sparse
 from saelab.protocols import Loss
 from saelab.types import Batch
 
@@ -46,13 +48,9 @@ class Gated(PenalisedDictionary):
         self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
 
     def _codes(self, x: Tensor) -> Tensor:
-        return self._gate_and_codes(x)[1]
-
-    def _gate_and_codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         product = self._product(x)
-        gate = product + self.b_enc
         amount = (self.r_mag.exp() * product + self.b_mag).relu()
-        return gate, amount * (gate > 0)
+        return amount * (product + self.b_enc > 0)
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: both encoder biases scale, the ratio r_mag does not."""
@@ -75,15 +73,18 @@ class Gated(PenalisedDictionary):
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return both FVU-scaled errors plus the penalty and AuxK; pure."""
-        gate, z = self._gate_and_codes(batch.x)
-        error = batch.y - self.decode(z)
-        opened = gate.relu()
-        x_gate = opened @ self.W_dec.detach() + self.b_dec.detach()
+        gate = self._entries(batch.x, torch.zeros_like(self.b_enc))
+        b_enc, r_mag, b_mag = (
+            p.index_select(0, gate.indices) for p in (self.b_enc, self.r_mag, self.b_mag)
+        )
+        z = replace(gate, values=(r_mag.exp() * (gate.values - b_enc) + b_mag).relu())
+        error = self._error(batch, z)
+        x_gate = sparse.decode_ragged_at(gate, self.W_dec.detach()) + self.b_dec.detach()
         fvu, fvu_gate = self._fvu(error), self._fvu(batch.y - x_gate)
         aux = self._aux(batch.x, error, dead)
-        penalty = opened.sum() / (len(batch) * self.variance.sqrt())
+        penalty = gate.values.sum() / (len(batch) * self.variance.sqrt())
         weight = self._weight(progress)
-        fires = z.detach() > 0
+        fires = z.values.detach() > 0
         return Loss(
             total=fvu + fvu_gate + weight * penalty + self.config.aux_weight * aux,
             terms={
@@ -93,7 +94,7 @@ class Gated(PenalisedDictionary):
                 "penalty": penalty.detach(),
                 "weight": weight,
             },
-            fired=fires.any(0).nonzero()[:, 0],
+            fired=z.indices[fires],
             l0=fires.sum() / len(batch),
             observed={"progress": torch.tensor(progress)},
         )

@@ -7,13 +7,15 @@
 L0 is the batch's mean number of latents with pre > θ. Kept values are not shrunk: the penalty
 reaches only θ ≥ 0, by the pseudo-derivatives of `ops.jump`. At the start θ is, for each latent, the
 quantile of its pre-activations at which mean L0 is four times the target, and the bandwidth is a
-tenth of their standard deviation. Decoder rows keep unit norm.
+tenth of their standard deviation. After training all θ are scaled by one factor, at which the mean
+L0 of training rows is the target. Decoder rows keep unit norm.
 
 Rajamanoharan et al. 2024, "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse
 Autoencoders", arXiv 2407.14435.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from saelab.dictionaries.affine import AffineConfig
 from saelab.dictionaries.penalty import DenseDictionary, Share, check_target
-from saelab.ops import control, jump
+from saelab.ops import control, jump, select
 from saelab.protocols import Loss
 from saelab.types import Batch
 
@@ -33,6 +35,8 @@ SAMPLE_ROWS = 4096
 """Rows from which thresholds and bandwidths are set."""
 CHUNK = 1024
 """Latents looked at together while they are set."""
+LOWEST = 0.3
+"""Smallest factor on the thresholds that calibration may choose."""
 
 
 class JumpReLUConfig(AffineConfig):
@@ -119,19 +123,33 @@ class JumpReLU(DenseDictionary):
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""
-        pre = self._pre(batch.x)
-        error = batch.y - self.decode(jump.jump(pre, self.threshold, self.bandwidth))
+        pre = self._entries(batch.x, self.threshold - self.bandwidth / 2)
+        threshold = self.threshold.index_select(0, pre.indices)
+        bandwidth = self.bandwidth.index_select(0, pre.indices)
+        z = replace(pre, values=jump.jump(pre.values, threshold, bandwidth))
+        error = self._error(batch, z)
         fvu, aux = self._fvu(error), self._aux(batch.x, error, dead)
-        fires = jump.step(pre, self.threshold, self.bandwidth)
+        fires = jump.step(pre.values, threshold, bandwidth)
         l0 = fires.sum() / len(batch)
         penalty = (l0 / self.config.target_l0 - 1).square()
         rise = control.ramp(progress, until=self.config.sparsity_warmup)
         return Loss(
             total=fvu + self.config.sparsity_weight * rise * penalty + self.config.aux_weight * aux,
             terms={"fvu": fvu.detach(), "aux": aux.detach(), "penalty": penalty.detach()},
-            fired=fires.detach().any(0).nonzero()[:, 0],
+            fired=z.indices[fires.detach() > 0],
             l0=l0.detach(),
         )
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Scale all thresholds by one factor, at which the batches' mean L0 is the target."""
+        x = torch.cat([batch.x for batch in batches])
+        near = select.above(self._centred(x), self.W_enc, self.b_enc, LOWEST * self.threshold)
+        wanted = int(self.config.target_l0 * len(x))
+        if wanted < len(near.values):
+            ratio = near.values / self.threshold.index_select(0, near.indices)
+            factor = ratio.sort(descending=True).values[wanted]
+            self.threshold.mul_(factor.nan_to_num(1.0, 1.0, 1.0))
 
     @torch.no_grad()
     def constrain_(self) -> None:

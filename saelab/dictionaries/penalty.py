@@ -1,7 +1,8 @@
-"""What types share that pay for firing: dense codes, and a penalty steered to a target L0.
+"""What types share that pay for firing: all latents may fire, and a penalty keeps most silent.
 
-Every latent of a row is looked at (`_codes`), and a penalty keeps most of them silent. Its weight
-rises at the start of a run; where there is a target, a controller moves it until L0 is there.
+A training step holds only the pre-activations above a floor (`_entries`), so it costs the less the
+sparser the codes have become. The penalty's weight rises at the start of a run; where there is a
+target, a controller moves it until L0 is there.
 """
 
 from abc import abstractmethod
@@ -13,8 +14,9 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from saelab.dictionaries.affine import AffineConfig, AffineDictionary
-from saelab.ops import control
+from saelab.ops import control, select, sparse
 from saelab.protocols import Loss
+from saelab.types import Batch, SparseLatents
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -37,6 +39,15 @@ class DenseDictionary(AffineDictionary):
     @abstractmethod
     def _codes(self, x: Tensor) -> Tensor:
         """Return the codes (n, d_sae) of rows (n, d_in)."""
+
+    def _entries(self, x: Tensor, floor: Tensor) -> SparseLatents:
+        """Return the pre-activations of x above their latent's floor; differentiable."""
+        found = select.above(self._centred(x), self.W_enc, self.b_enc, floor.detach())
+        return sparse.encode_ragged_at(x, self.b_dec, self.W_enc, self.b_enc, found)
+
+    def _error(self, batch: Batch, z: SparseLatents) -> Tensor:
+        """Return each row's residual."""
+        return batch.y - (sparse.decode_ragged_at(z, self.W_dec) + self.b_dec)
 
     def _product(self, x: Tensor) -> Tensor:
         return ((x - self.b_dec) @ self.W_enc.T).to(x.dtype)

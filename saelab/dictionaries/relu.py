@@ -51,13 +51,14 @@ class ReLU(PenalisedDictionary):
 
     def loss(self, batch: Batch, progress: float, dead: Bool[Tensor, " d_sae"]) -> Loss:
         """Return the FVU-scaled error plus the penalty and AuxK; pure."""
-        z = self._codes(batch.x)
-        error = batch.y - self.decode(z)
+        z = self._entries(batch.x, torch.zeros_like(self.b_enc))
+        error = self._error(batch, z)
         fvu, aux = self._fvu(error), self._aux(batch.x, error, dead)
-        per_latent = z.sum(0) if self.unit_decoder else z.sum(0) * self.W_dec.norm(dim=1)
+        per_latent = torch.zeros_like(self.b_enc).index_add(0, z.indices, z.values)
+        if not self.unit_decoder:
+            per_latent = per_latent * self.W_dec.norm(dim=1)
         penalty = per_latent.sum() / (len(batch) * self.variance.sqrt())
         weight = self._weight(progress)
-        fires = z.detach() > 0
         return Loss(
             total=fvu + weight * penalty + self.config.aux_weight * aux,
             terms={
@@ -66,7 +67,7 @@ class ReLU(PenalisedDictionary):
                 "penalty": penalty.detach(),
                 "weight": weight,
             },
-            fired=fires.any(0).nonzero()[:, 0],
-            l0=fires.sum() / len(batch),
+            fired=z.indices,
+            l0=z.l0().sum() / len(batch),
             observed={"progress": torch.tensor(progress)},
         )

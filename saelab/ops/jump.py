@@ -6,7 +6,8 @@ a bandwidth of the threshold count, K(t) = 1 for |t| < ½. With H(t) = 1 for t >
     jump(u) = u · H(u − θ)     ∂/∂u = H(u − θ)     ∂/∂θ = −(θ / ε) K((u − θ) / ε)
     step(u) = H(u − θ)         ∂/∂u = 0            ∂/∂θ = −(1 / ε) K((u − θ) / ε)
 
-The kernel sees u, not the jump's result: values just below the threshold count too.
+The kernel sees u, not the jump's result: values just below the threshold count too. u is a table
+with a threshold per column, or a list of entries with a threshold each.
 """
 
 import torch
@@ -15,28 +16,28 @@ from torch import Tensor
 
 
 def jump(
-    u: Float[Tensor, "n d_sae"],
-    threshold: Float[Tensor, " d_sae"],
-    bandwidth: Float[Tensor, " d_sae"],
-) -> Float[Tensor, "n d_sae"]:
+    u: Float[Tensor, "*n m"],
+    threshold: Float[Tensor, " m"],
+    bandwidth: Float[Tensor, " m"],
+) -> Float[Tensor, "*n m"]:
     """Return u where it is above the threshold, else 0."""
     return _Jump.apply(u, threshold, bandwidth)  # pyright: ignore[reportReturnType]
 
 
 def step(
-    u: Float[Tensor, "n d_sae"],
-    threshold: Float[Tensor, " d_sae"],
-    bandwidth: Float[Tensor, " d_sae"],
-) -> Float[Tensor, "n d_sae"]:
+    u: Float[Tensor, "*n m"],
+    threshold: Float[Tensor, " m"],
+    bandwidth: Float[Tensor, " m"],
+) -> Float[Tensor, "*n m"]:
     """Return 1 where u is above the threshold, else 0; no gradient reaches u."""
     return _Step.apply(u, threshold, bandwidth)  # pyright: ignore[reportReturnType]
 
 
 def kernel(
-    u: Float[Tensor, "n d_sae"],
-    threshold: Float[Tensor, " d_sae"],
-    bandwidth: Float[Tensor, " d_sae"],
-) -> Float[Tensor, "n d_sae"]:
+    u: Float[Tensor, "*n m"],
+    threshold: Float[Tensor, " m"],
+    bandwidth: Float[Tensor, " m"],
+) -> Float[Tensor, "*n m"]:
     """Return 1 where u is less than half a bandwidth from the threshold, else 0."""
     return ((u - threshold).abs() < bandwidth / 2).to(u.dtype)
 
@@ -52,7 +53,7 @@ class _Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
         u, threshold, bandwidth = ctx.saved_tensors
-        near = (grad * kernel(u, threshold, bandwidth)).sum(0)
+        near = (grad * kernel(u, threshold, bandwidth)).sum_to_size(threshold.shape)
         return grad * (u > threshold), -near * threshold / bandwidth, None
 
 
@@ -66,5 +67,6 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
-        near = (grad * kernel(*ctx.saved_tensors)).sum(0)
-        return None, -near / ctx.saved_tensors[2], None
+        u, threshold, bandwidth = ctx.saved_tensors
+        near = (grad * kernel(u, threshold, bandwidth)).sum_to_size(threshold.shape)
+        return None, -near / bandwidth, None

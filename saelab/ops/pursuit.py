@@ -42,7 +42,7 @@ CHUNK_BYTES = 1 << 26
 BLOCK_SCORES = 1 << 15
 """Scores pursued at once by one CPU thread: they stay in its cache from step to step, and torch
 does not split so few numbers over threads, which would wait for each other at every step."""
-GRAM_PAYS = 1.0
+GRAM_PAYS = 1.3
 """The Gram matrix is made where atoms are fewer than this many times rows · k."""
 GRAM_ROWS = 512
 """Rows of the Gram matrix made at once; what lies below them is copied from above the diagonal."""

@@ -27,6 +27,8 @@ _DOT_ROWS = 128
 """Rows gathered at once where there is no `sampled_addmm`: small enough to stay in cache."""
 _DOT_PAIRS = 4096
 """The same for the entries of ragged codes."""
+_DENSE_SHARE = 1 / 24
+"""Share of a ragged code's entries above which whole products cost less."""
 
 
 # ----------------------------------------------------------------------- the obvious dense forms
@@ -174,6 +176,8 @@ def _bag(indices: Tensor, table: Tensor, weights: Tensor, offsets: Tensor | None
     if indices.numel() == 0:
         n = len(indices) if offsets is None else len(offsets) - 1
         return table.new_zeros(n, table.shape[1])
+    if offsets is not None and _is_dense(indices, offsets, len(table)):
+        return (_dense(indices, weights, offsets, len(table)) @ table).to(table.dtype)
     if kernels.fit(table, weights):
         return _compiled_sums(_starts(indices, offsets), indices, weights, table)
     if offsets is None:
@@ -189,6 +193,8 @@ def _transposed_product(
     """Return Zᵀ x for the sparse matrix Z of these codes: per latent, a sum of rows of x."""
     if indices.numel() == 0:
         return x.new_zeros(d_sae, x.shape[1])
+    if offsets is not None and _is_dense(indices, offsets, d_sae):
+        return _dense(indices, values, offsets, d_sae).T @ x
     if kernels.fit(x, values):
         return _compiled_transposed(indices, values, x, d_sae, offsets)
     latents, order = indices.reshape(-1).sort(stable=True)
@@ -215,6 +221,8 @@ def _picked_products(
     """Return ⟨x_i, W[indices[i, j]]⟩ for all i, j."""
     if indices.numel() == 0:
         return x.new_zeros(indices.shape)
+    if offsets is not None and _is_dense(indices, offsets, len(W)):
+        return (x @ W.T).view(-1)[_places(indices, offsets, len(W))]
     if kernels.fit(x, W):
         return _compiled_products(x, W, indices, offsets)
     if x.device.type == "cuda" or (x.device.type == "cpu" and torch.backends.mkl.is_available()):
@@ -236,6 +244,20 @@ def _picked_products(
         for some, rows in zip(indices.split(_DOT_ROWS), x.split(_DOT_ROWS), strict=True)
     ]
     return torch.cat(parts)
+
+
+def _is_dense(indices: Tensor, offsets: Tensor, d_sae: int) -> bool:
+    return indices.numel() > _DENSE_SHARE * (len(offsets) - 1) * d_sae
+
+
+def _places(indices: Tensor, offsets: Tensor, d_sae: int) -> Tensor:
+    """Return where each entry stands in the dense table, flattened."""
+    return _row_numbers(offsets) * d_sae + indices
+
+
+def _dense(indices: Tensor, values: Tensor, offsets: Tensor, d_sae: int) -> Tensor:
+    table = values.new_zeros((len(offsets) - 1) * d_sae)
+    return table.scatter_(0, _places(indices, offsets, d_sae), values).view(-1, d_sae)
 
 
 def _starts(indices: Tensor, offsets: Tensor | None) -> Tensor:

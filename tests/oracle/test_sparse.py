@@ -122,7 +122,9 @@ def ragged_case():
     return x, b, W, c, SparseLatents(offsets, indices[keep], values[keep], len(W))
 
 
-def test_ragged_forms_have_the_dense_forms_value_and_gradients():
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+def test_ragged_forms_have_the_dense_forms_value_and_gradients(dense_share, monkeypatch):
+    monkeypatch.setattr(sparse, "_DENSE_SHARE", dense_share)
     results = []
     for fast in (False, True):
         x, b, W, c, chosen = ragged_case()
@@ -139,6 +141,7 @@ def test_ragged_forms_have_the_dense_forms_value_and_gradients():
 
 
 def test_the_ragged_form_without_sampled_addmm_agrees(monkeypatch):
+    monkeypatch.setattr(sparse, "_DENSE_SHARE", 1.0)
     x, _, W, _, chosen = ragged_case()
     given = (x.detach(), W.detach(), chosen.indices, chosen.row_offsets)
     first = sparse._picked_products(*given)
