@@ -7,6 +7,7 @@
     oracle(support)   planted directions, and which of them are on; coefficients by least squares:
                       the best R² at this width
     probe             logistic regression on x for some features, with a threshold fitted for F1
+    best_latent       what probes are measured against: the dictionary's nearest latent, likewise
 
 Where there are more features than latents, directions are those of the most frequent features.
 Everything is fitted on training rows.
@@ -20,11 +21,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab.evals.encoders import OwnEncoder
 from saelab.evals.sample import sample_rows
-from saelab.metrics.truth import best_thresholds
+from saelab.metrics.truth import best_thresholds, cosines
 from saelab.ops.pursuit import Refit, Sign, pursue
 from saelab.ops.sparse import decode_ragged
-from saelab.protocols import PlantedStore, Truth
+from saelab.ops.tree import levels_of
+from saelab.protocols import Dictionary, PlantedStore, Truth
 from saelab.types import Batch, SparseLatents
 
 
@@ -39,8 +42,15 @@ class Known:
     x: Float[Tensor, "n d"]
     a: Float[Tensor, "n m"]
     """Codes of `features` in these rows."""
+    frequency: Float[Tensor, " n_features"]
+    """Share of these rows in which each planted feature is on."""
     mean: Float[Tensor, " d"]
     """Mean training row."""
+
+    @property
+    def cut(self) -> int:
+        """Probes are fitted on the rows before it, their thresholds on the others."""
+        return len(self.x) * 4 // 5
 
     @property
     def directions(self) -> Float[Tensor, "m d"]:
@@ -60,7 +70,8 @@ def known_of(
     features = counts.argsort(descending=True, stable=True)[:m].sort().values
     a = torch.cat([z.dense()[:, features] for z in codes])
     x = torch.cat([part.y for part in parts]).float()
-    return Known(store, truth, features, x, a, store.stats(site).mean.float())
+    mean = store.stats(site).mean.float()
+    return Known(store, truth, features, x, a, counts / max(len(x), 1), mean)
 
 
 @final
@@ -161,37 +172,110 @@ def _sparse(codes: Float[Tensor, "n m"]) -> SparseLatents:
 
 # ----------------------------------------------------------------------------------------- probes
 
+FEWEST = 100
+"""Training rows with a feature on below which it has no probe."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Scores above which a feature is said to be on."""
+
+    plain: Float[Tensor, " probes"]
+    """For the best F1."""
+    balanced: Float[Tensor, " probes"]
+    """For the best F1 if each feature were on in half of the rows."""
+
+    @staticmethod
+    def fit(scores: Float[Tensor, "n probes"], on: Bool[Tensor, "n probes"]) -> "Thresholds":
+        """Choose both."""
+        plain, balanced = (best_thresholds(scores, on, balanced=b) for b in (False, True))
+        return Thresholds(plain, balanced)
+
+
+def probed_features(known: Known, n: int, fewest: int = FEWEST) -> Int[Tensor, " probes"]:
+    """Return the places in `known.features` of up to `n` features to probe.
+
+    Only of those that are above zero in `fewest` training rows; spread evenly over levels of the
+    planted trees, and over how often they fire within each.
+    """
+    counts = (known.a > 0).sum(0)
+    level = levels_of(known.truth.parents)[known.features]
+    often = counts.argsort(descending=True, stable=True)
+    order = often[level[often].argsort(stable=True)]
+    order = order[counts[order] >= fewest]
+    n = min(n, len(order))
+    return order[torch.arange(n) * len(order) // max(n, 1)]
+
 
 @final
 class Probes:
     """One logistic regression on standardised x per feature: is its code above zero?
 
-    Fitted jointly by L-BFGS with an L2 penalty on the first four fifths of the rows; thresholds for
-    F1 are fitted on the rest.
+    Fitted jointly by L-BFGS with an L2 penalty on the first four fifths of the rows; thresholds are
+    fitted on the rest.
     """
 
-    def __init__(self, known: Known, n: int, *, penalty: float = 1e-4, steps: int = 40) -> None:
-        """Fit probes for `n` of the features, evenly spaced by how often they fire."""
-        often = (known.a > 0).sum(0).argsort(descending=True, stable=True)
-        often = often[(known.a > 0).any(0)[often]]
-        n = min(n, len(often))
-        places = often[torch.arange(n) * len(often) // max(n, 1)]
+    name, encoder = "probe", "logistic"
+
+    def __init__(
+        self,
+        known: Known,
+        places: Int[Tensor, " probes"],
+        *,
+        penalty: float = 1e-4,
+        steps: int = 40,
+    ) -> None:
+        """Fit probes for the features at these places of `known.features`."""
         self.features = known.features[places]
         self._mean, self._scale = known.x.mean(0), known.x.std(0).clamp(min=1e-6)
-        x, y = self._standard(known.x), known.a[:, places] > 0
-        cut = len(x) * 4 // 5
-        self._weights = _logistic(x[:cut], y[:cut], penalty, steps)
-        self._thresholds = best_thresholds(self._logits(x[cut:]), y[cut:])
+        y, cut = known.a[:, places] > 0, known.cut
+        self._weights = _logistic(self._standard(known.x[:cut]), y[:cut], penalty, steps)
+        self.thresholds = Thresholds.fit(self.scores(known.x[cut:]), y[cut:])
 
     def _standard(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_plus_1"]:
         return F.pad((x - self._mean) / self._scale, (0, 1), value=1.0)
 
-    def _logits(self, x: Float[Tensor, "n d_plus_1"]) -> Float[Tensor, "n probes"]:
-        return x @ self._weights
+    def scores(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n probes"]:
+        """Return the logit of each feature."""
+        return self._standard(x.float()) @ self._weights
 
-    def fires(self, x: Float[Tensor, "n d"]) -> Bool[Tensor, "n probes"]:
-        """Return which of the probed features each row is said to hold."""
-        return self._logits(self._standard(x.float())) > self._thresholds
+
+@final
+class BestLatent:
+    """The dictionary as a set of probes: for each feature the latent with the largest |cosine|.
+
+    A latent speaks for its feature by its value, turned its way. Thresholds as those of `Probes`.
+    """
+
+    name, encoder = "best_latent", "nearest latent"
+
+    def __init__(
+        self,
+        known: Known,
+        places: Int[Tensor, " probes"],
+        dictionary: Dictionary,
+        *,
+        batch: int = 1024,
+    ) -> None:
+        """Take the latents nearest to the features; encode `batch` rows at a time."""
+        self.features = known.features[places]
+        near = cosines(dictionary.W_dec, known.truth.directions[self.features])
+        self._latents = near.abs().argmax(0)
+        self._sign = near.gather(0, self._latents[None])[0].sign()
+        self._own = OwnEncoder(dictionary)
+        cut = known.cut
+        scores = torch.cat([self.scores(x) for x in known.x[cut:].split(batch)])
+        self.thresholds = Thresholds.fit(scores, known.a[cut:, places] > 0)
+
+    def scores(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n probes"]:
+        """Return each feature's latent, turned its way."""
+        number = torch.arange(len(x))
+        z = self._own(Batch(x, x, number, number)).dense()
+        return z[:, self._latents.to(z.device)].cpu() * self._sign
+
+
+Probe = Probes | BestLatent
+"""A score for each of some features, and thresholds for it."""
 
 
 def _logistic(

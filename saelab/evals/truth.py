@@ -4,12 +4,13 @@ Definitions, ends and error bars of every row: docs/truth.md. It needs a store t
 `protocols.PlantedStore`; rows are held-out ones, and everything fitted is fitted on training rows.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -18,21 +19,26 @@ from saelab.errors import ArtifactError, ConfigError, CorpusError
 from saelab.evals.controls import Arm, DictionaryArm
 from saelab.evals.encoders import OwnEncoder
 from saelab.evals.oracles import (
+    BestLatent,
     Known,
     LinearOracle,
+    Probe,
     Probes,
     PursuitArm,
     SupportOracle,
     known_of,
     omp_oracle,
+    probed_features,
 )
 from saelab.evals.sample import sample_rows
+from saelab.metrics import trees
 from saelab.metrics import truth as metrics
 from saelab.metrics.reconstruction import Reconstruction
 from saelab.metrics.sparsity import Sparsity
 from saelab.metrics.sums import Accumulator, Definition
 from saelab.ops.linalg import unit_rows
 from saelab.ops.shuffle import generator
+from saelab.ops.tree import levels_of, strata
 from saelab.protocols import Dictionary, LanguageModel, PlantedStore, Store, Truth
 from saelab.stats import ResultRow, error_over_documents
 from saelab.types import Batch
@@ -74,13 +80,45 @@ class _Scores:
     reconstruction: Reconstruction
     sparsity: Sparsity
     firing: metrics.Firing
+    support: metrics.Support
+    edges: trees.Edges
 
     def update_(self, batch: Batch, active: Bool[Tensor, "n n_features"]) -> None:
         x_hat, z = self.arm(batch)
         assert z is not None
+        fires = metrics.fires(z).cpu()
         self.reconstruction.update(batch.y, x_hat, batch.documents)
         self.sparsity.update(z, batch.documents)
-        self.firing.update(metrics.fires(z).cpu(), active)
+        self.firing.update(fires, active)
+        self.support.update(fires, active, batch.documents)
+        self.edges.update(fires, active)
+
+
+@dataclass
+class _Probed:
+    """What probes say of the held-out rows, and what is so."""
+
+    probe: Probe
+    scores: list[Float[Tensor, "rows probes"]] = field(default_factory=list[Tensor])
+    on: list[Bool[Tensor, "rows probes"]] = field(default_factory=list[Tensor])
+
+    def update_(self, batch: Batch, codes: Float[Tensor, "n n_features"]) -> None:
+        self.scores.append(self.probe.scores(batch.y.float()))
+        self.on.append(codes[:, self.probe.features] > 0)
+
+    def rows(self) -> Iterator[ResultRow]:
+        """Yield how well they tell the features."""
+        probe, scores, on = self.probe, torch.cat(self.scores), torch.cat(self.on)
+        plain, balanced = (metrics.Firing(torch.arange(on.shape[1])) for _ in range(2))
+        plain.update(scores > probe.thresholds.plain, on)
+        balanced.update(scores > probe.thresholds.balanced, on)
+        found = plain.scores() | {
+            "f1_balanced": balanced.f1_balanced(),
+            "average_precision": float(metrics.average_precision(scores, on).nanmean()),
+        }
+        for name, value in found.items():
+            unit = "mean over probed features"
+            yield from _row(name, value, unit, len(on), probe.name, probe.encoder)
 
 
 @final
@@ -88,7 +126,7 @@ class TruthEvaluator:
     """Scores one dictionary against what was planted in one site of a store."""
 
     name = "truth"
-    version = 2
+    version = 3
 
     def __init__(self, config: TruthConfig | None = None, site: str | None = None) -> None:
         """Measure at `site`; by default the store's only one."""
@@ -114,8 +152,7 @@ class TruthEvaluator:
             rows=config.fit_rows, batch=config.batch, seed=config.seed,
         )  # fmt: skip
         scored = [self._scores(*arm, known) for arm in self._arms(dictionary, known, site)]
-        probes = Probes(known, config.probes) if config.probes else None
-        probed = metrics.Firing(torch.arange(len(probes.features))) if probes else None
+        probed = [_Probed(probe) for probe in self._probes(dictionary, known)]
         features_on = torch.zeros(0)
         for batch in self._rows(store, site):
             codes = planted.codes(batch.rows).dense()
@@ -123,14 +160,14 @@ class TruthEvaluator:
             features_on = torch.cat([features_on, active.sum(1)])
             for scores in scored:
                 scores.update_(batch, active)
-            if probes is not None and probed is not None:
-                probed.update(probes.fires(batch.y), codes[:, probes.features] > 0)
+            for scores in probed:
+                scores.update_(batch, codes)
         for scores in scored:
             yield from scores.of_directions
             yield from self._rows_of(scores)
-        if probed is not None and len(probed.partner):
-            for name, value in probed.scores().items():
-                yield _row(name, value, "mean over probed features", probed.n, "probe", "logistic")
+            yield from _edge_rows(scores, truth.parents)
+        for scores in probed:
+            yield from scores.rows()
         yield from _world_rows(truth, features_on)
 
     # ----------------------------------------------------------------------------------- set-up
@@ -182,23 +219,39 @@ class TruthEvaluator:
             else:
                 yield SupportOracle(known), known.directions
 
+    def _probes(self, dictionary: Dictionary, known: Known) -> Iterator[Probe]:
+        """Yield probes, and the dictionary as such; nothing where no feature is often enough on."""
+        places = probed_features(known, self.config.probes)
+        if len(places):
+            yield Probes(known, places)
+            yield BestLatent(known, places, dictionary, batch=self.config.batch)
+
     def _scores(self, arm: Arm, directions: Float[Tensor, "m d"], known: Known) -> _Scores:
+        C = metrics.cosines(directions, known.truth.directions)
         if arm.name.startswith("oracle"):
+            pairs = torch.arange(len(known.features)), known.features
             partner, found = known.features, []
         else:
-            C = metrics.cosines(directions, known.truth.directions)
-            partner, found = metrics.partners(C), list(_direction_rows(arm, C, known.truth))
-        usage, firing = Sparsity(len(directions)), metrics.Firing(partner)
-        return _Scores(arm, found, Reconstruction(known.mean), usage, firing)
+            pairs, partner = metrics.assignment(C), metrics.partners(C)
+            found = [*_direction_rows(arm, C, pairs, known)]
+            found += _tree_rows(arm, directions, C, pairs, known.truth)
+        return _Scores(
+            arm, found, Reconstruction(known.mean), Sparsity(len(directions)),
+            metrics.Firing(partner), metrics.Support(pairs),
+            trees.Edges(trees.latents_of(C, pairs), known.truth.parents),
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------- rows
 
     def _rows_of(self, scores: _Scores) -> Iterator[ResultRow]:
         name, encoder, firing = scores.arm.name, scores.arm.encoder, scores.firing
-        for metric, value in firing.scores().items():
-            yield _row(metric, value, "mean over latents", firing.n, name, encoder)
+        found = firing.scores() | {"f1_balanced": firing.f1_balanced()}
+        for metric, value in found.items():
+            yield from _row(metric, value, "mean over latents", firing.n, name, encoder)
         dead = firing.dead_share()
-        yield _row("dead_share", dead, "share of latents", firing.n, name, encoder)
+        yield from _row("dead_share", dead, "share of latents", firing.n, name, encoder)
+        for what in scores.support.definitions:
+            yield self._measured(scores, scores.support, what)
         by_name = {d.name: d for d in scores.reconstruction.definitions}
         yield self._measured(scores, scores.reconstruction, _r2(by_name["fvu"]))
         ratio = by_name["norm_ratio"]
@@ -219,33 +272,77 @@ class TruthEvaluator:
         )
 
 
-def _direction_rows(arm: Arm, C: Float[Tensor, "m n"], truth: Truth) -> Iterator[ResultRow]:
-    """Yield what the arm's directions alone decide; C holds their cosines with the planted ones."""
-    pairs = metrics.assignment(C)
+def _direction_rows(
+    arm: Arm, C: Float[Tensor, "m n"], pairs: metrics.Pairs, known: Known
+) -> Iterator[ResultRow]:
+    """Yield what the arm's cosines with the planted directions decide, in any world."""
     found: dict[str, float | None] = {
         "mcc": metrics.mcc(C, pairs),
+        "mcc_weighted": metrics.mcc(C, pairs, known.frequency),
+        "mcc_signed": metrics.mcc_signed(C, pairs),
         "uniqueness": metrics.uniqueness(C),
+        "splitting": trees.splitting(C),
         "matched_share": metrics.matched_share(C, pairs),
-        "matched_children": metrics.matched_children(C, pairs, truth.parents),
-        "absorption": metrics.absorption(C, pairs, truth.parents),
+        "coverage": metrics.coverage(C, known.features),
     }
-    units = {"mcc": "|cosine|", "absorption": "cosine"}
+    for level, nodes in strata(known.truth.parents).items():
+        found[f"coverage[{level}]"] = metrics.coverage(C, nodes.nonzero()[:, 0])
+    units = {"mcc": "|cosine|", "mcc_weighted": "|cosine|", "mcc_signed": "cosine"}
+    units["splitting"] = "latents per feature"
     for metric, value in found.items():
-        if value is not None:
-            yield _row(metric, value, units.get(metric, "share"), len(C), arm.name, arm.encoder)
+        yield from _row(metric, value, units.get(metric, "share"), len(C), arm.name, arm.encoder)
+
+
+def _tree_rows(
+    arm: Arm,
+    directions: Float[Tensor, "m d"],
+    C: Float[Tensor, "m n"],
+    pairs: metrics.Pairs,
+    truth: Truth,
+) -> Iterator[ResultRow]:
+    """Yield what directions decide in worlds with parents."""
+    parents, levels = truth.parents, levels_of(truth.parents)
+    if not bool(levels.any()):
+        return
+    within, across = metrics.gram_errors(directions, truth.directions, pairs, levels)
+    found: dict[str, tuple[float | None, str]] = {
+        "matched_children": (metrics.matched_children(C, pairs, parents), "share"),
+        "absorption": (metrics.absorption(C, pairs, parents), "cosine"),
+        "hedging": (trees.hedging(C, pairs, parents), "cosine"),
+        "gram_within": (within, "squared cosine"),
+        "gram_across": (across, "squared cosine"),
+    }
+    for metric, (value, unit) in found.items():
+        yield from _row(metric, value, unit, len(C), arm.name, arm.encoder)
+
+
+def _edge_rows(scores: _Scores, parents: Int[Tensor, " n"]) -> Iterator[ResultRow]:
+    """Yield means over the edges of planted trees that lead to each level; `n` is their number."""
+    arm, edges = scores.arm, scores.edges
+    of_edges = {"edge_recall": edges.recall(), "edge_absorption": edges.absorption()}
+    for level, nodes in strata(parents).items():
+        for metric, values in of_edges.items():
+            mine = values[nodes[edges.children] & ~values.isnan()]
+            name, value = f"{metric}[{level}]", float(mine.mean())
+            yield from _row(name, value, "mean over edges", len(mine), arm.name, arm.encoder)
 
 
 def _world_rows(truth: Truth, features_on: Float[Tensor, " n"]) -> Iterator[ResultRow]:
-    n = len(features_on)
-    yield _row("l0", float(features_on.double().mean()), "features", n, "planted", "none")
-    largest = metrics.overlap(truth.directions)
-    yield _row("overlap", largest, "|cosine|", len(truth.directions), "planted", "none")
+    n, planted = len(features_on), len(truth.directions)
+    yield from _row("l0", float(features_on.double().mean()), "features", n, "planted", "none")
+    found = {"overlap": metrics.overlap(truth.directions)}
+    found |= {f"overlap_{of}": v for of, v in metrics.overlaps(truth.directions).items()}
+    for metric, value in found.items():
+        yield from _row(metric, value, "|cosine|", planted, "planted", "none")
 
 
 def _r2(fvu: Definition) -> Definition:
     return Definition("r2", fvu.version, "share", lambda t: 1 - fvu.of(t))
 
 
-def _row(name: str, value: float, unit: str, n: int, arm: str, encoder: str) -> ResultRow:
-    """Return a row without an error bar."""
-    return ResultRow(name, value, unit, n, None, metrics.VERSION, arm, encoder, "truth")
+def _row(
+    name: str, value: float | None, unit: str, n: int, arm: str, encoder: str
+) -> Iterator[ResultRow]:
+    """Yield a row without an error bar; nothing where the metric is not defined."""
+    if value is not None and not math.isnan(value):
+        yield ResultRow(name, value, unit, n, None, metrics.VERSION, arm, encoder, "truth")

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.ops.shuffle import generator, permutation
+from saelab.ops.tree import levels_of
 from saelab.protocols import Truth
 from saelab.store.planted import RowsConfig
 
@@ -147,15 +148,6 @@ def compensated(p: Float[Tensor, " n"], parents: Int[Tensor, " n"]) -> Float[Ten
     family = torch.zeros_like(p).index_add_(0, parents[child], p[child])
     siblings = family[parents.clamp(min=0)] - p
     return torch.where(child, p / above * (1 + siblings / above), p).clamp(max=1)
-
-
-def levels_of(parents: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Return each feature's distance from its root."""
-    level, above = torch.zeros_like(parents), parents
-    while bool((above >= 0).any()):
-        level += above >= 0
-        above = torch.where(above >= 0, parents[above.clamp(min=0)], -1)
-    return level
 
 
 @final

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from saelab.errors import ConfigError
+from saelab.ops.tree import has_children, levels_of, strata
 from saelab.run_config import RunConfig
 from saelab.store.benchmark import (
     SIZES,
@@ -16,7 +17,6 @@ from saelab.store.benchmark import (
     CodeLaw,
     compensated,
     forest,
-    levels_of,
     overlap_grad,
     push_apart,
     zipf,
@@ -147,6 +147,14 @@ def test_trees_fill_levels_in_index_order():
     assert parents[128:132].tolist() == [0] * 4
     assert parents[640:644].tolist() == [128] * 4
     assert bool((parents[10_880:] == -1).all())
+
+
+def test_strata_tell_roots_levels_and_lone_features_apart():
+    parents = torch.tensor([-1, -1, 0, 2, 0, -1])
+    assert has_children(parents).tolist() == [True, False, True, False, False, False]
+    found = {name: nodes.nonzero()[:, 0].tolist() for name, nodes in strata(parents).items()}
+    assert found == {"root": [0], "level 1": [2, 4], "level 2": [3], "alone": [1, 5]}
+    assert strata(torch.full((3,), -1)) == {}
 
 
 @pytest.mark.parametrize(

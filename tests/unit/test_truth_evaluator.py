@@ -12,6 +12,7 @@ import saelab
 from saelab import api, artifacts, pipeline, report
 from saelab.dictionaries.topk import TopK, TopKConfig
 from saelab.errors import ArtifactError, ConfigError
+from saelab.evals.oracles import known_of, probed_features
 from saelab.evals.truth import TruthConfig, TruthEvaluator
 from saelab.store import open_store
 from saelab.store.flat import FlatConfig
@@ -67,8 +68,15 @@ def scores(dictionary, store, config=QUICK):
 def test_the_planted_dictionary_with_its_codes_scores_one_everywhere(easy):
     found = scores(Planted(easy), easy)
     own = found["dictionary"]
-    for name in ("mcc", "uniqueness", "matched_share", "precision", "recall", "f1"):
+    for name in (
+        "mcc", "mcc_weighted", "mcc_signed", "uniqueness", "splitting", "matched_share",
+        "coverage", "precision", "recall", "f1", "f1_balanced", "support_precision",
+        "support_recall", "support_f1",
+    ):  # fmt: skip
         assert own[name] == pytest.approx(1), name
+    assert found["best_latent"]["average_precision"] == 1
+    for name in ("precision", "recall", "f1", "f1_balanced"):
+        assert found["best_latent"][name] > 0.99, name  # thresholds are fitted on few rows
     assert own["r2"] == pytest.approx(1, abs=1e-6)
     assert own["shrinkage"] == pytest.approx(1, abs=1e-5)
     assert own["dead_share"] == 0
@@ -81,10 +89,15 @@ def test_the_random_dictionary_is_the_floor_and_oracles_are_ceilings(easy):
     assert floor["mcc"] < 0.5
     assert floor["f1"] < 0.6
     assert floor["r2"] < 0.9
-    assert found["oracle(support)"]["f1"] == 1
+    assert floor["coverage"] == 0
+    assert abs(floor["mcc_signed"]) < 0.2
+    assert max(floor["support_precision"], floor["support_recall"], floor["support_f1"]) < 0.6
+    assert found["oracle(support)"]["f1"] == found["oracle(support)"]["support_f1"] == 1
     assert found["oracle(support)"]["r2"] == pytest.approx(1, abs=1e-6)
     assert found["oracle(linear)"]["f1"] > 0.98
-    assert found["probe"]["f1"] > 0.95
+    assert found["oracle(linear)"]["support_f1"] > 0.98
+    for name in ("f1", "f1_balanced", "average_precision"):
+        assert found["probe"][name] > 0.95, name
     assert "mcc" not in found["oracle(linear)"]
 
 
@@ -93,6 +106,8 @@ def test_a_narrow_oracle_stands_for_the_most_frequent_features(easy):
     narrow.init_(easy.rows("synthetic", torch.arange(64)), torch.Generator().manual_seed(0))
     found = scores(narrow, easy)
     assert found["oracle(support)"]["recall"] == 1
+    assert found["oracle(support)"]["support_precision"] == 1
+    assert found["oracle(support)"]["support_recall"] < 0.9
     assert found["oracle(support)"]["r2"] < 0.9
 
 
@@ -104,7 +119,8 @@ def test_signed_concepts_are_matched_by_absolute_cosine_and_fire_either_way(tmp_
         flipped.W_dec.mul_(-1)
     own = scores(flipped, store)["dictionary"]
     assert own["mcc"] == pytest.approx(1)
-    assert own["f1"] == pytest.approx(1)
+    assert own["mcc_signed"] == pytest.approx(-1)
+    assert own["f1"] == own["support_f1"] == pytest.approx(1)
     assert own["r2"] == pytest.approx(1, abs=1e-6)
 
 
@@ -128,13 +144,72 @@ def test_a_signed_latent_that_holds_two_opposed_concepts_has_half_the_precision(
     assert own["recall"] > 0.95
 
 
-def test_a_hierarchy_has_an_absorption_row(tmp_path):
-    config = HierarchyConfig(kind="hierarchy", n_rows=2500, holdout=0.3)
-    found = scores(Planted(store := plant(tmp_path, config)), store)
-    assert found["dictionary"]["absorption"] == pytest.approx(0, abs=1e-6)
-    assert found["dictionary"]["matched_children"] == 1
-    assert found["random_dictionary"]["matched_children"] == 0
-    assert found["planted"]["overlap"] < 1e-5
+def test_the_planted_dictionary_of_a_hierarchy_neither_absorbs_nor_hedges(tmp_path):
+    config = HierarchyConfig(kind="hierarchy", n_rows=6000, holdout=0.5, correlation=0.3)
+    settings = QUICK.model_copy(update={"rows": 3000})
+    found = scores(Planted(store := plant(tmp_path, config)), store, settings)
+    own, floor = found["dictionary"], found["random_dictionary"]
+    for name in ("absorption", "hedging", "gram_within", "gram_across"):
+        assert own[name] == pytest.approx(0, abs=1e-6), name
+    for name in ("matched_children", "coverage[root]", "coverage[level 1]", "coverage[alone]"):
+        assert own[name] == 1, name
+        assert floor[name] == 0, name
+    assert floor["gram_within"] > 0.03
+    for arm in ("dictionary", "oracle(support)"):
+        assert found[arm]["edge_recall[level 1]"] == pytest.approx(1), arm
+        assert found[arm]["edge_absorption[level 1]"] == pytest.approx(0), arm
+    assert found["planted"]["overlap"] == pytest.approx(0.3, abs=1e-5)
+    assert found["planted"]["overlap_p99"] == pytest.approx(0.3, abs=1e-5)
+
+
+def test_a_dictionary_that_absorbs_a_parent_under_its_children_is_told(tmp_path):
+    config = HierarchyConfig(kind="hierarchy", n_rows=6000, holdout=0.5, sd=0, child_sd=0)
+    store = plant(tmp_path, config)
+    above = store.truth().parents
+
+    class Absorbing(Planted):
+        """Each child's latent holds its parent as well, whose own latent is then silent."""
+
+        def __init__(self):
+            super().__init__(store)
+            with torch.no_grad():
+                self.W_dec[above >= 0] += self.W_dec[above[above >= 0]]
+
+    own = scores(Absorbing(), store, QUICK.model_copy(update={"rows": 3000}))["dictionary"]
+    assert own["absorption"] == pytest.approx(0.5**0.5)
+    assert own["hedging"] == pytest.approx(0, abs=1e-6)
+    assert own["edge_recall[level 1]"] == 0
+    assert own["edge_absorption[level 1]"] == 1
+    assert own["r2"] == pytest.approx(1, abs=1e-6)
+    assert own["support_precision"] == 1
+    assert own["support_recall"] == pytest.approx(1 / 1.36, abs=0.02)
+
+
+def test_worlds_without_parents_have_no_rows_of_trees(easy):
+    own = scores(Planted(easy), easy)["dictionary"]
+    assert not [name for name in own if "[" in name or "gram" in name]
+    assert not {"matched_children", "absorption", "hedging"} & own.keys()
+
+
+def test_support_has_an_error_over_documents(easy):
+    rows = list(TruthEvaluator(QUICK)(Planted(easy), easy, None))
+    found = [row for row in rows if row.name.startswith("support_")]
+    assert len(found) == 3 * 5
+    for row in found:
+        if row.arm == "dictionary":
+            assert row.standard_error == 0
+        if row.arm == "random_dictionary":
+            assert 0.001 < row.standard_error < 0.1
+
+
+def test_probed_features_are_spread_over_levels_and_are_often_enough_on(tmp_path):
+    store = plant(tmp_path, HierarchyConfig(kind="hierarchy", n_rows=2500, holdout=0.3))
+    known = known_of(store, "synthetic", store.truth(), 20, rows=1500, batch=500, seed=0)
+    places = probed_features(known, 10, 30)
+    assert len(set(places.tolist())) == 10
+    assert 3 <= int((known.truth.parents[known.features[places]] >= 0).sum()) <= 6
+    assert set(probed_features(known, 99, 150).tolist()) == {0, 1, 2}  # p = .2; others have .05
+    assert len(probed_features(known, 10, 10_000)) == 0
 
 
 def test_probes_and_oracles_can_be_left_out(easy):
