@@ -301,7 +301,7 @@ def verdict_table(verdicts: list[Verdict]) -> list[str]:
         wins = f"{sum(x > 0 for x in d)} of {len(d)}"
         wins += f", {verdict.n_left_out} left out" if verdict.n_left_out else ""
         lines.append(
-            f"| {claim.says} (`{claim.metric}`) | {verdict.mean:+.4f} [{low:+.4f}, {high:+.4f}] "
+            f"| {claim.says} (`{claim.metric}`) | {verdict.mean:+z.4f} [{low:+z.4f}, {high:+z.4f}] "
             f"| {wins} | {claim.smallest:g} | {p:.2g} | **{verdict.word}** |"
         )
     return lines

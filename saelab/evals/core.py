@@ -25,6 +25,7 @@ from saelab.evals.controls import (
 )
 from saelab.evals.downstream import RandomError, Reconstruct, ablate_to, measure_splices
 from saelab.evals.encoders import OwnEncoder, PursuitEncoder
+from saelab.evals.gradients import KINDS, live_arms, stored_arm
 from saelab.evals.sample import sample_rows, sample_windows, thinned
 from saelab.metrics.reconstruction import MEDIAN, MEDIAN_UNIT, MEDIAN_VERSION, Reconstruction
 from saelab.metrics.sparsity import Sparsity, density_histogram
@@ -94,6 +95,8 @@ class _Scores:
     n: int = 0
     key: Hashable = None
     """What identifies a control that does not depend on the dictionary; None: it does."""
+    aware: bool = False
+    """Whether latents are selected with gradients of the model's loss."""
 
     def update_(self, batch: Batch) -> None:
         batch, self.seen = thinned(batch, self.share, self.seen), self.seen + len(batch)
@@ -225,6 +228,10 @@ class CoreEvaluator:
             log.info("the rows of this store are no tokens: the token-mean control is left out")
         else:
             found.append(self._control(scene, "token_mean arm", lambda: tokens, 1.0))
+        aware = stored_arm(dictionary, store, site)
+        if aware is not None:
+            found.append(self._scores(scene, aware, 1.0))
+            found[-1].aware = True
         return found
 
     def _scores(self, scene: _Scene, arm: Arm, share: float) -> _Scores:
@@ -256,6 +263,10 @@ class CoreEvaluator:
         rank = float(pca_errors.rank_at(error))
         yield _plain(own.arm, "pca_rank_of_equal_fvu", rank, "components", own.n)
         for scores in controls:
+            if scores.aware:
+                yield from self._fit_rows(scores, None)
+                yield from _usage_rows(scores)
+                continue
             yield from self._fit_rows(scores, ("fvu", "l0", "description_length"))
             if isinstance(scores.arm, PcaArm):
                 yield _plain(scores.arm, "l0", float(scores.arm.k), "components", scores.n)
@@ -292,11 +303,18 @@ class CoreEvaluator:
     ) -> Iterator[ResultRow]:
         config = self.config
         replace, encoders = self._replacements(scene, [scores.arm for scores in arms])
-        windows = sample_windows(scene.store, scene.site, config.windows)
-        ablations = self._once("ablations", lambda: {ZERO: {}, MEAN: {}})
-        total = measure_splices(
-            model, scene.site, windows, replace, batch=config.window_batch, known=ablations
+        taken = self._once("gradients", lambda: {kind: {} for kind in KINDS})
+        aware, gradients = live_arms(
+            scene.dictionary, model, scene.site, seed=config.seed, kept=taken
         )
+        windows = sample_windows(scene.store, scene.site, config.windows)
+        measured = measure_splices(
+            model, scene.site, windows, replace | {arm.name: _reconstruct(arm) for arm in aware},
+            batch=config.window_batch,
+            known=self._once("ablations", lambda: {ZERO: {}, MEAN: {}}),
+            gradients=gradients,
+        )  # fmt: skip
+        total = measured.only(list(replace))
         n = int(total.sums.totals()[0, 0]) if len(total.sums.documents) else 0
         if not n:
             log.warning("no position can be scored downstream: no kept position has a target")
@@ -309,6 +327,9 @@ class CoreEvaluator:
         for name, other in (("isotropic", ISOTROPIC), ("covariance", COVARIANCE)):
             ratio = total.kl_ratio("dictionary", other, f"kl_over_random_error({name})")
             yield self._measured(total, ratio, n, "dictionary", "own")
+        for arm in aware:
+            for definition in measured.of_arm(arm.name, {"zero": ZERO, "mean": MEAN}):
+                yield self._measured(measured, definition, n, arm.name, arm.encoder)
 
     def _replacements(
         self, scene: _Scene, arms: Sequence[Arm]

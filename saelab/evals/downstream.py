@@ -22,6 +22,9 @@ from saelab.types import Batch, Window
 Reconstruct = Callable[[Batch], Float[Tensor, "n d"]]
 """From live activations (float32) to what replaces them."""
 
+Gradients = Callable[[Tensor, Sequence[Window]], Tensor]
+"""From windows (right-padded ids, and themselves) to gradients (batch, pos, d), on the CPU."""
+
 Known = Mapping[str, dict[int, tuple[Tensor, Tensor]]]
 """CE and KL of arms that do not change between calls, by the first window of each batch."""
 
@@ -51,17 +54,20 @@ def measure_splices(
     *,
     batch: int,
     known: Known | None = None,
+    gradients: Mapping[str, Gradients] | None = None,
 ) -> Downstream:
     """Return the summed losses of the clean model and of each arm, spliced in at `site`.
 
-    Arms are called with the kept live activations of each batch of windows, in order. Losses of the
-    arms that `known` names are kept there, and taken from there by later calls on the same windows.
+    Arms are called with the kept live activations of each batch of windows, in order; those that
+    `gradients` names, with gradients too. Losses of the arms that `known` names are kept there, and
+    taken from there by later calls on the same windows.
     """
-    known = known or {}
+    known, gradients = known or {}, gradients or {}
     total = Downstream(list(arms))
     unit = units(windows)
     for start in range(0, len(windows), batch):
-        tokens = _rectangle(windows[start : start + batch], unit, model)
+        together = windows[start : start + batch]
+        tokens = _rectangle(together, unit, model)
         clean, acts = _clean_pass(model, site, tokens)
         targets = tokens.targets[tokens.scored].to(clean.device)
         log_p = log_probs(clean[tokens.scored])
@@ -72,7 +78,8 @@ def measure_splices(
             if start in known.get(name, {}):
                 ce[name], kl[name] = known[name][start]
                 continue
-            x_hat = _replaced(acts, tokens, arm)
+            grad = gradients[name](tokens.ids, together) if name in gradients else None
+            x_hat = _replaced(acts, tokens, arm, grad)
             keep = tokens.keep.to(acts.device)
             logits = model.splice(tokens.ids, site, x_hat, keep, tokens.lengths)
             log_q = log_probs(logits[tokens.scored])
@@ -99,12 +106,16 @@ def _clean_pass(
 
 
 def _replaced(
-    acts: Float[Tensor, "batch pos d"], tokens: _Tokens, arm: Reconstruct
+    acts: Float[Tensor, "batch pos d"],
+    tokens: _Tokens,
+    arm: Reconstruct,
+    grad: Float[Tensor, "batch pos d"] | None,
 ) -> Float[Tensor, "batch pos d"]:
     """Return the activations with the kept ones reconstructed, in the model's dtype."""
     keep = tokens.keep
     x = acts[keep.to(acts.device)].float().cpu()
-    x_hat = arm(Batch(x, x, tokens.rows[keep], tokens.units[keep]))
+    known = None if grad is None else grad[keep].float()
+    x_hat = arm(Batch(x, x, tokens.rows[keep], tokens.units[keep], known))
     replaced = acts.clone()
     replaced[keep.to(acts.device)] = x_hat.to(acts)
     return replaced

@@ -19,7 +19,8 @@ from torch import Tensor
 from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.harvest.corpus import TextWindow
-from saelab.harvest.gradient import Labels, LossGradient, pass_tokens
+from saelab.harvest.gradient import Labels, pass_tokens
+from saelab.ops.loss_gradient import LossGradient
 from saelab.protocols import LanguageModel
 from saelab.types import Document, Mask, Shard, TokenTable
 

@@ -22,7 +22,7 @@ from saelab.harvest.corpus import (
     windows,
 )
 from saelab.harvest.forward import PREPASS_ROWS, Group, HarvestConfig, Harvester, cursor, groups
-from saelab.harvest.gradient import REDUCTION
+from saelab.ops.loss_gradient import REDUCTION
 from saelab.protocols import LanguageModel
 from saelab.types import Shard
 

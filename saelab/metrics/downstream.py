@@ -84,6 +84,14 @@ class Downstream(Accumulator):
             found.append(self._recovered(ce, name, self._columns(ablation)[0]))
         return found
 
+    def only(self, arms: Sequence[str]) -> "Downstream":
+        """Return the sums of these arms alone, as if no others had been compared."""
+        columns = [0, 1, *(column for arm in arms for column in self._columns(arm))]
+        found = Downstream(arms)
+        found.sums.documents = self.sums.documents
+        found.sums.table = self.sums.table[:, columns]
+        return found
+
     def kl_ratio(self, arm: str, other: str, name: str) -> Definition:
         """Return KL of `arm` over KL of `other` as a metric called `name`."""
         a, b = self._columns(arm)[1], self._columns(other)[1]

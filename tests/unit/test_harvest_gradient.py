@@ -16,17 +16,12 @@ from saelab import api, artifacts, pipeline, planning
 from saelab.errors import ConfigError, NonFiniteError
 from saelab.harvest.corpus import CorpusConfig, TextWindow
 from saelab.harvest.forward import HarvestConfig
-from saelab.harvest.gradient import (
-    LossGradient,
-    inverse_draw,
-    next_tokens,
-    pass_tokens,
-    sampled_tokens,
-)
+from saelab.harvest.gradient import pass_tokens
 from saelab.harvest.harvest import harvest, store_dtype
 from saelab.harvest.online import OnlineStore
 from saelab.models import identify
 from saelab.models.toy import ToyModel
+from saelab.ops.loss_gradient import LossGradient, inverse_draw, next_tokens, sampled_tokens
 from saelab.store import StoreWriter, open_store
 
 FIELDS = {"tokens": 700, "context": 32, "holdout": 0.25, "min_tail": 8}
