@@ -35,6 +35,9 @@ class TrainConfig(Config):
     """Adam's decay rates of the two moments; short memories suit runs of hundreds of steps."""
     dead_window: PositiveInt | None = None
     """Tokens without firing after which a latent is dead; default min(10 M, a tenth of the run)."""
+    resample_every: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the run between resamplings of dead latents, none of them in the last `decay` of the
+    run; default never."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -53,6 +56,16 @@ class TrainConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_resampling_at_least(self) -> "TrainConfig":
+        if self.resample_every is not None and not self.resamples_after(self.resample_steps):
+            raise ValueError(
+                f"resample_every={self.resample_every:g} comes to nothing: no latent is resampled "
+                f"in the last {self.decay:g} of the run (decay); choose it below "
+                f"{1 - self.decay:g}, or leave it out"
+            )
+        return self
+
     @property
     def steps(self) -> int:
         """Number of optimiser steps."""
@@ -68,9 +81,30 @@ class TrainConfig(Config):
         """Number of steps between checkpoints."""
         return max(1, round(self.steps * self.checkpoint_every))
 
+    @property
+    def resample_steps(self) -> int:
+        """Number of steps between resamplings, where there are any."""
+        return max(1, round(self.steps * (self.resample_every or 1)))
+
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead latents are resampled after this many steps.
+
+        Never while the learning rate falls: a new latent needs it to find its place, and the dead
+        share at the end should count what stayed silent, not what was just touched.
+        """
+        if self.resample_every is None or step % self.resample_steps:
+            return False
+        return step < self.steps * (1 - self.decay)
+
     def key_fields(self) -> dict[str, Any]:
-        """Return the fields that change what a trained dictionary's files hold."""
-        return {k: v for k, v in self.plain().items() if k not in {"checkpoint_every", "wandb"}}
+        """Return the fields that change what a trained dictionary's files hold.
+
+        A field that came later is left out at its default: older artifacts keep their keys.
+        """
+        left_out = {"checkpoint_every", "wandb"}
+        if self.resample_every is None:
+            left_out.add("resample_every")
+        return {k: v for k, v in self.plain().items() if k not in left_out}
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,20 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelab import artifacts, kernels
 from saelab.errors import NonFiniteError, ShapeError
-from saelab.protocols import Dictionary, Loss, Store
-from saelab.train import checkpoint, schedules
+from saelab.protocols import Loss, Store
+from saelab.train import checkpoint, resample, schedules
 from saelab.train.config import ADAM_EPS, Fitted, Member, TrainConfig
+from saelab.train.trainee import Trainee
 from saelab.types import Batch
 
 log = logging.getLogger(__name__)
@@ -28,28 +29,15 @@ log = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
 
-@runtime_checkable
-class Trainee(Dictionary, Protocol):
-    """What training needs of a dictionary: `GradientTrained`, a module, and `folded`."""
-
-    def init_(self, sample: Tensor, generator: torch.Generator) -> None: ...  # noqa: D102
-    def loss(self, batch: Batch, progress: float, dead: Tensor) -> Loss: ...  # noqa: D102
-    def constrain_grad_(self) -> None: ...  # noqa: D102
-    def constrain_(self) -> None: ...  # noqa: D102
-    def observe_(self, loss: Loss) -> None: ...  # noqa: D102
-    def lr_factors(self) -> Mapping[str, float]: ...  # noqa: D102
-    def calibrate(self, batches: Iterable[Batch]) -> None: ...  # noqa: D102
-    def folded(self, scale: float) -> "Trainee": ...  # noqa: D102
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...  # noqa: D102
-    def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...  # noqa: D102
-
-
 class GradientTrainer:
     """One member in training, on inputs scaled to mean norm √d_in."""
 
     def __init__(self, member: Member, store: Store, config: TrainConfig) -> None:
-        """Take a copy of the member's dictionary. Raises ShapeError on a site of another width."""
+        """Take a copy of the member's dictionary.
+
+        Raises ShapeError on a site of another width, and ConfigError if dead latents are to be
+        resampled of a type that has no rule for it.
+        """
         given: Trainee = member.dictionary  # pyright: ignore[reportAssignmentType]
         width = store.width(member.site)
         if given.d_in != width:
@@ -57,6 +45,8 @@ class GradientTrainer:
                 f"{member.name}: site {member.site!r} has width {width}, but the dictionary takes "
                 f"{given.d_in}. Is this the site that it is meant for?"
             )
+        if config.resample_every is not None:
+            resample.require_rule(member.name, given)
         self.config = config
         self.scale = input_scale(store, member.site)
         started = given.folded(1 / self.scale) if member.initialised else copy.deepcopy(given)
@@ -78,6 +68,8 @@ class GradientTrainer:
         """Tokens since each latent fired."""
         self.done = 0
         """Steps taken."""
+        self.n_revived = 0
+        """Dead latents resampled since the last line of metrics."""
         self.resumed_at = 0
         self.metrics: list[dict[str, Any]] = []
 
@@ -116,10 +108,31 @@ class GradientTrainer:
         self.silent += len(batch)
         self.silent[loss.fired] = 0
         self.done += 1
+        if config.resamples_after(self.done):
+            self._resample(batch)
         if self.done % config.log_every and self.done != config.steps:
             return False
         self._log(loss, float(norm), lr)
         return True
+
+    def _resample(self, batch: Batch) -> None:
+        """Point dead latents at the batch's badly reconstructed rows; each is new afterwards.
+
+        Dead latents beyond the rows that have an error wait for the next time.
+        """
+        dead = (self.silent >= self.config.window).nonzero()[:, 0]
+        if len(dead) == 0:
+            return
+        self._check_weights()
+        self.optimizer.zero_grad()  # gradients are used up: their memory is that of a copy
+        errors = resample.row_errors(self.dictionary, batch)
+        self._check_finite(errors.sum(), "reconstruction error")
+        rows = resample.draw_rows(errors, len(dead), self.generator)
+        ids = dead[: len(rows)]
+        self.dictionary.revive_(ids, batch.x[rows])
+        resample.forget_moments_(self.optimizer, self.dictionary, ids)
+        self.silent[ids] = 0
+        self.n_revived += len(ids)
 
     def _set_lr(self) -> float:
         middle = (self.done + 0.5) / self.config.steps
@@ -137,6 +150,10 @@ class GradientTrainer:
                 f"Try a lower lr, for example {self.lr / 3:.1g}, or a longer warmup."
             )
 
+    def _check_weights(self) -> None:
+        largest = torch.stack([p.detach().abs().amax() for p in self.parameters])
+        self._check_finite(largest.amax(), "largest weight")
+
     # ----------------------------------------------------------------------------------- metrics
 
     def _log(self, loss: Loss, norm: float, lr: float) -> None:
@@ -150,6 +167,9 @@ class GradientTrainer:
             "grad_norm": norm,
             "lr": lr,
         }
+        if self.config.resample_every is not None:
+            line["revived"] = self.n_revived / self.dictionary.d_sae
+            self.n_revived = 0
         self.metrics.append(line)
         if self.member.draft is not None:
             path = self.member.draft.folder / METRICS
@@ -176,7 +196,7 @@ class GradientTrainer:
         tensors = {f"weights.{name}": t for name, t in self.dictionary.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": t for i, s in adam.items() for name, t in s.items()}
         tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
-        state = {"step": self.done, **_machine()}
+        state = {"step": self.done, "n_revived": self.n_revived, **_machine()}
         checkpoint.write(self.member.draft.scratch, tensors, state)
 
     def discard(self) -> None:
@@ -193,6 +213,7 @@ class GradientTrainer:
             tensors, state = found
             self._restore(tensors)
             self.done = self.resumed_at = state["step"]
+            self.n_revived = state.get("n_revived", 0)
             here = _machine()
             changed = [f"{k} {state.get(k)} → {v}" for k, v in here.items() if state.get(k) != v]
             if changed:
@@ -222,8 +243,7 @@ class GradientTrainer:
 
     def finish(self, calibration: Iterable[Batch]) -> Fitted:
         """Calibrate, fold the input scale in, save into the draft; return the trained member."""
-        largest = torch.stack([p.detach().abs().amax() for p in self.parameters])
-        self._check_finite(largest.amax(), "largest weight")
+        self._check_weights()
         self.dictionary.calibrate(calibration)
         trained = self.dictionary.folded(self.scale)
         if self.member.draft is not None:

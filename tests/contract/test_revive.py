@@ -3,10 +3,14 @@
 import pytest
 import torch
 from dictionary_laws import batch_of, ready, some_rows
+from doubles import ArrayStore
 
-from saelab.dictionaries import create
+from saelab.dictionaries import REGISTRY, create
 from saelab.dictionaries.affine import REVIVED
+from saelab.protocols import GradientTrained
+from saelab.train.fit import Member, Sweep, TrainConfig
 
+TRAINED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, GradientTrained))
 PLAIN = ("topk", "abs_topk", "batch_topk", "relu", "gated", "jump_relu")
 
 
@@ -77,3 +81,37 @@ def test_latents_that_are_revived_together_fire_each_on_its_own_row(name):
     rows = some_rows(d.d_in, 4, d.d_sae)
     d.revive_(torch.arange(d.d_sae), rows)
     assert d.encode(rows).diagonal().all()
+
+
+def state_of(trainer):
+    """Weights, then Adam's state, by name."""
+    named = dict(trainer.dictionary.state_dict())
+    for name, parameter in trainer.dictionary.named_parameters():
+        adam = trainer.optimizer.state.get(parameter, {})
+        named |= {f"{name}.{key}": value for key, value in adam.items()}
+    return {name: value.clone() for name, value in named.items()}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_resampling_changes_the_dead_latents_and_no_bit_of_the_others(name):
+    def after_one_step(**fields):
+        config = TrainConfig(batch=3, tokens=3 * 10, dead_window=3, **fields)
+        sweep = Sweep([Member("a", ready(name), "site", 1e-2, initialised=True)], store, config)
+        sweep.step()
+        return sweep.active[0]
+
+    x = some_rows(8, n=200)
+    store = ArrayStore({"site": x}, grads={"site": torch.sin(3 * x)})
+    plain, resampled = after_one_step(), after_one_step(resample_every=0.1)
+    ids = (plain.silent >= 3).nonzero()[:3, 0]  # one for each of the batch's rows
+    assert len(ids) > 0
+    assert not resampled.silent[ids].any()
+    others = [i for i in range(24) if i not in ids.tolist()]
+    assert torch.equal(plain.silent[others], resampled.silent[others])
+    before, after = state_of(plain), state_of(resampled)
+    assert "W_dec.exp_avg_sq" in after
+    for key, old in before.items():
+        new, per_latent = after[key], old.ndim > 0 and len(old) == 24
+        assert torch.equal(new[others], old[others]) if per_latent else torch.equal(new, old)
+        assert not (per_latent and "exp_avg" in key and new[ids].any())
+    assert (after["W_dec"][ids] != before["W_dec"][ids]).any(1).all()

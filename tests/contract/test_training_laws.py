@@ -10,7 +10,17 @@ from saelab.protocols import GradientTrained
 from saelab.train.fit import Member, TrainConfig, fit
 
 CONFIG = TrainConfig(batch=32, tokens=32 * 12, log_every=1, checkpoint_every=0.2, dead_window=64)
+RESAMPLED = TrainConfig(
+    batch=4, tokens=4 * 12, log_every=1, checkpoint_every=0.2, dead_window=4, resample_every=0.15
+)
+"""A latent is dead when no row of the last batch had it: resampled after steps 2, 4, 6 and 8."""
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, RESAMPLED], ids=["plain", "resampled"])
 TRAINED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, GradientTrained))
+
+
+@pytest.fixture(autouse=True)
+def _few_rows_to_calibrate_on(monkeypatch):
+    monkeypatch.setattr("saelab.train.fit.CALIBRATION_ROWS", 1000)
 
 
 class _Stop(Exception):
@@ -28,24 +38,29 @@ def store() -> ArrayStore:
     return ArrayStore({"site": x}, grads={"site": torch.sin(3 * x)})
 
 
-def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store):
+@CONFIGS
+def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store, config):
     sweep = [member(name, seed) for seed, name in enumerate(TRAINED)]
-    for one, fitted in zip(sweep, fit(sweep, store, CONFIG), strict=True):
-        (alone,) = fit([one], store, CONFIG)
+    for one, fitted in zip(sweep, fit(sweep, store, config), strict=True):
+        (alone,) = fit([one], store, config)
+        assert config is CONFIG or any(line["revived"] for line in alone.metrics)
         assert alone.metrics == fitted.metrics
         theirs = fitted.dictionary.state_dict()
         assert all(torch.equal(theirs[k], v) for k, v in alone.dictionary.state_dict().items())
 
 
+@CONFIGS
 @pytest.mark.parametrize("name", TRAINED)
-def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(name, store, tmp_path):
+def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
+    name, config, store, tmp_path
+):
     def files(out, stop_at):
         def crash(info):
             if info["step"] == stop_at:
                 raise _Stop
 
         with artifacts.open_draft(out, "dictionary", "a", "0" * 64) as draft:
-            fit([member(name, draft=draft)], store, CONFIG, report=crash)
+            fit([member(name, draft=draft)], store, config, report=crash)
             draft.finish(stage="dictionary", name="a", inputs={}, parents=[])
         folder = artifacts.artifact_path(out, "dictionary", "a", "0" * 64)
         names = ("config.json", "weights.safetensors", "metrics.jsonl")

@@ -1,0 +1,28 @@
+"""What training by gradient steps needs of a dictionary."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from saelab.protocols import Dictionary, Loss
+from saelab.types import Batch
+
+
+@runtime_checkable
+class Trainee(Dictionary, Protocol):
+    """What training needs of a dictionary: `GradientTrained`, a module, and `folded`."""
+
+    def init_(self, sample: Tensor, generator: torch.Generator) -> None: ...  # noqa: D102
+    def loss(self, batch: Batch, progress: float, dead: Tensor) -> Loss: ...  # noqa: D102
+    def constrain_grad_(self) -> None: ...  # noqa: D102
+    def constrain_(self) -> None: ...  # noqa: D102
+    def observe_(self, loss: Loss) -> None: ...  # noqa: D102
+    def lr_factors(self) -> Mapping[str, float]: ...  # noqa: D102
+    def revive_(self, ids: Tensor, rows: Tensor) -> None: ...  # noqa: D102
+    def calibrate(self, batches: Iterable[Batch]) -> None: ...  # noqa: D102
+    def folded(self, scale: float) -> "Trainee": ...  # noqa: D102
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...  # noqa: D102
+    def state_dict(self) -> dict[str, Tensor]: ...  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...  # noqa: D102
