@@ -1,7 +1,7 @@
 """A tiny run's outputs, kept: a change in them without a bump of STAGE_VERSION fails here.
 
 Formats are compared exactly, numbers to 1e-3 (other processors round differently). After a
-deliberate change: bump `pipeline.STAGE_VERSION[stage]`, run `pytest tests/golden --update-golden`,
+deliberate change: bump `stages.STAGE_VERSION[stage]`, run `pytest tests/golden --update-golden`,
 and review the diff.
 """
 
