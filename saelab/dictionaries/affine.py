@@ -10,12 +10,13 @@ rows. A type adds the rule that makes codes z of pre-activations (`encode`) and 
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
-from saelab.ops import linalg
+from saelab.ops import linalg, sparse
 from saelab.ops.auxk import auxk_loss
 from saelab.protocols import GradientTrained
 
@@ -124,11 +125,11 @@ class AffineDictionary(BaseDictionary, GradientTrained):
 
         Their pre-activations count `weight` times.
         """
-        W_enc, b_enc = self.W_enc.index_select(0, ids), self.b_enc.index_select(0, ids)
-        pre = self._centred(x) @ W_enc.T + b_enc
+        W_enc, b_enc = sparse.rows_at(self.W_enc, ids), self.b_enc.index_select(0, ids)
+        pre = F.linear(self._centred(x), W_enc, b_enc)
         if weight is not None:
             pre = pre * weight
-        W_dec = self.W_dec.index_select(0, ids)
+        W_dec = sparse.rows_at(self.W_dec, ids)
         return auxk_loss(error, pre, W_dec, self.config.resolved_aux_k, signed=self.signed)
 
     # ----------------------------------------------------------------------------- constraints

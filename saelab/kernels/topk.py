@@ -131,3 +131,31 @@ def round_rows(start, stop, W, bits, norms, errors):
             size += back * back
             lost += error * error
         norms[row], errors[row] = np.sqrt(size), np.sqrt(lost)
+
+
+@numba.njit(nogil=True, cache=True)
+def keep_largest(start, stop, pre, k, signed, z):
+    """Fill z with the k largest of each row of pre where they are positive, or, `signed`, with
+    the k of the largest size; 0 elsewhere. Of equal ones the first are kept; NaN counts as 0."""
+    m = pre.shape[1]
+    size = np.empty(m, dtype=np.float32)
+    for row in range(start, stop):
+        given, out = pre[row], z[row]
+        n_positive = 0
+        for j in range(m):
+            value = abs(given[j]) if signed else given[j]
+            size[j] = value if value > 0 else np.float32(0)
+            n_positive += value > 0
+        floor, spare = np.float32(0), m
+        if n_positive > k:
+            floor = np.partition(size, m - k)[m - k]
+            spare = k
+            for j in range(m):
+                spare -= size[j] > floor
+        for j in range(m):
+            out[j] = 0
+            if size[j] > floor:
+                out[j] = given[j]
+            elif size[j] == floor and floor > 0 and spare > 0:
+                out[j] = given[j]
+                spare -= 1

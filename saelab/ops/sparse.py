@@ -103,6 +103,11 @@ def decode_ragged_at(
     return _DecodeAt.apply(latents.indices, latents.values, W_dec, latents.row_offsets)  # pyright: ignore[reportReturnType]
 
 
+def rows_at(table: Float[Tensor, "m d"], ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+    """Return `table[ids]` for ids that are unique: the backward pass only copies."""
+    return _RowsAt.apply(table, ids)  # pyright: ignore[reportReturnType]
+
+
 def decode_ragged(
     latents: SparseLatents, W_dec: Float[Tensor, "d_sae d_out"]
 ) -> Float[Tensor, "n d_out"]:
@@ -117,6 +122,19 @@ def decode_ragged(
         per_sample_weights=latents.values.to(W_dec.dtype),
         include_last_offset=True,
     )
+
+
+class _RowsAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: "torch.autograd.function.FunctionCtx", table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = table.shape  # pyright: ignore[reportAttributeAccessIssue]
+        return table.index_select(0, ids)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore  (torch leaves its signature open)
+        (ids,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(0, ids, grad), None
 
 
 class _EncodeAt(torch.autograd.Function):
