@@ -2,7 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-EXTRAS := lm,app,fast,dev
+EXTRAS := lm,app,fast,plots,dev
 
 .PHONY: demo test check fmt ci app slow bench clean
 

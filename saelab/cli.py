@@ -32,6 +32,9 @@ console = Console(width=_WIDE)
 Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value …")]
 Folder = Annotated[Path, typer.Argument(help="A run's `out` folder.")]
+By = Annotated[
+    str | None, typer.Option(help="Metric that ranks; fvu, or r2 where there is only that.")
+]
 Wait = Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")]
 
 
@@ -189,13 +192,13 @@ def list_artifacts(directory: Folder) -> None:
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="A dictionary's folder.")],
-    second: Annotated[Path, typer.Argument(help="Another's.")],
+    paths: Annotated[list[Path], typer.Argument(help="Dictionaries' folders, or a run's `out`.")],
+    by: By = None,
 ) -> None:
-    """Compare two dictionaries: how they were made, how they score."""
-    from saelab import report
+    """Say which dictionary is best, and by how much; of two also how they were made."""
+    from saelab import leaderboard
 
-    console.print(report.comparison(first, second))
+    console.print(leaderboard.compare(paths, by))
 
 
 @app.command()
@@ -210,19 +213,26 @@ def lineage(path: Annotated[Path, typer.Argument(help="Any artifact's folder.")]
 def write_report(
     directory: Folder,
     output: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
+    by: By = None,
 ) -> None:
-    """Print every scorecard of a run, or write them as Markdown."""
-    from saelab import artifacts, report
+    """Print the members of a run by rank and every scorecard, or write them as Markdown."""
+    from saelab import artifacts, leaderboard, report
 
     results = [path for path, _ in artifacts.find_all(directory, "results")]
     if not results:
         raise SaelabError(f"{directory} holds no results; `saelab evaluate CONFIG` makes some")
+    members = leaderboard.scored(directory)
+    leaderboard.metric_of(members, by)
+    ranked = len(members) > 1
     if output is not None:
-        text = "\n".join(report.markdown(path) for path in results)
+        boards = [leaderboard.markdown(members, by)] if ranked else []
+        text = "\n".join([*boards, *map(report.markdown, results)])
         output.parent.mkdir(parents=True, exist_ok=True)
         artifacts.write_file(output, text.encode())
         console.print(f"wrote {output}")
         return
+    if ranked:
+        console.print(leaderboard.summary(members, by))
     for path in results:
         console.print(report.scorecard(path))
         console.print()

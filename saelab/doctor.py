@@ -17,6 +17,7 @@ _EXTRAS = {
     "app": ("streamlit", "plotly", "pandas"),
     "wandb": ("wandb",),
     "fast": ("numba",),
+    "plots": ("matplotlib",),
 }
 
 
