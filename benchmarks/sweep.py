@@ -39,7 +39,8 @@ def sweep_of(args: argparse.Namespace, seeds: range) -> Any:
 
     store = saelab.open_store(args.store)
     site = args.site or store.sites[0]
-    config = TrainConfig(batch=args.batch, tokens=args.batch * (args.steps + WARM))
+    tokens = args.batch * (args.steps + WARM)
+    config = TrainConfig(batch=args.batch, tokens=tokens, dead_window=10**9)  # as early in a run
     sizes = {"type": "topk", "d_in": store.width(site), "d_sae": args.d_sae, "k": args.k}
     members = [Member(f"m{s}", dictionaries.create(sizes), site, seed=s) for s in seeds]
     return Sweep(members, store, config)

@@ -28,6 +28,8 @@ app.add_typer(store_app, name="store")
 _WIDE = None if sys.stdout.isatty() else 160
 """Tables are not folded at 80 columns when the output goes to a file."""
 console = Console(width=_WIDE)
+MOST_SCORECARDS = 3
+"""Scorecards that a run prints one by one; of more it prints how they rank."""
 
 Config = Annotated[Path, typer.Argument(help="A YAML file, or the name of a shipped one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value …")]
@@ -91,19 +93,30 @@ def _options(
 
 
 def _run(config: Path, overrides: list[str] | None, until: Any, wait: float) -> None:
-    from saelab import pipeline, report
+    from saelab import pipeline
 
     loaded = pipeline.load_config(config, overrides or [])
     made = pipeline.Run(loaded, wait=wait)
     steps = made.execute(until)
     _print_steps(steps)
-    for step in steps:
-        if step.stage == "results":
-            console.print()
-            console.print(report.scorecard(step.path))
+    _print_scores([step.path for step in steps if step.stage == "results"], loaded.out)
     if any(step.stage == "features" for step in steps):
         console.print(f"\nBrowse it:  saelab app {loaded.out}")
     made.raise_diverged()
+
+
+def _print_scores(results: list[Path], out: Path) -> None:
+    """Print each scorecard, or, of more members than a screen shows, how they rank."""
+    from saelab import leaderboard, report
+
+    console.print()
+    if len(results) > MOST_SCORECARDS:
+        console.print(leaderboard.summary(leaderboard.scored(out), None))
+        console.print(f"Every scorecard:  saelab report {out}")
+        return
+    for path in results:
+        console.print(report.scorecard(path))
+        console.print()
 
 
 def _print_steps(steps: list[Any]) -> None:
