@@ -16,6 +16,8 @@ from torch import Tensor
 Rule = Literal["mean_difference", "standardised_difference"]
 """How columns are chosen: by the difference of the classes' means, or that in standard
 deviations of the column."""
+_COLUMNS = 1024
+"""Columns converted to float64 at once."""
 Direction = Literal["mean_difference", "mean_features", "least_squares", "linear_probe"]
 
 
@@ -24,23 +26,31 @@ Direction = Literal["mean_difference", "mean_features", "least_squares", "linear
 
 def ranked_columns(
     features: Float[Tensor, "n m"],
-    positive: Bool[Tensor, " n"],
+    targets: Bool[Tensor, "n classes"],
     *,
     rule: Rule = "mean_difference",
     two_sided: bool = True,
-) -> Int[Tensor, " ranked"]:
-    """Return the columns by how much their means differ, largest first; ties by number.
+) -> list[Int[Tensor, " ranked"]]:
+    """Return, for each class, the columns by how much their means differ, largest first.
 
-    Columns that are the same for all documents are left out, and, one-sided, those that are not
-    larger in the class. The first k of it are the columns of a k-sparse probe.
+    Ties go by number. Columns that are the same for all documents are left out, and, one-sided,
+    those that are not larger in the class. The first k are the columns of a k-sparse probe.
     """
-    difference = features[positive].double().mean(0) - features[~positive].double().mean(0)
+    truth = targets.double()
+    parts = []
+    for part in features.split(_COLUMNS, dim=1):
+        part = part.double()
+        difference = _means(part, truth) - _means(part, 1 - truth)
+        if rule == "standardised_difference":
+            difference = difference / part.std(0).clamp(min=1e-300)
+        parts.append(difference)
     varies = (features != features[:1]).any(0)
-    if rule == "standardised_difference":
-        difference = difference / features.double().std(0).clamp(min=1e-300)
-    size = difference.abs() if two_sided else difference
-    order = size.argsort(descending=True, stable=True)
-    return order[(varies & (size > 0))[order]]
+    found = []
+    for difference in torch.cat(parts, 1):
+        size = difference.abs() if two_sided else difference
+        order = size.argsort(descending=True, stable=True)
+        found.append(order[(varies & (size > 0))[order]])
+    return found
 
 
 @dataclass(frozen=True)

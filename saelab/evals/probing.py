@@ -165,11 +165,12 @@ class ProbingEvaluator:
             fit, report = (p.columns(how, config.sides, opposite=False) for p in (train, test))
             kinds: list[int | None] = [*config.ks, *(() if arm == OWN else (None,))]
             scores = {k: torch.zeros(scene.test.targets.shape).double() for k in kinds}
+            orders = ranked_columns(
+                fit, scene.train.targets, rule=config.select, two_sided=config.sides == "two"
+            )
             for place, positive in enumerate(scene.train.targets.T):
-                two_sided = config.sides == "two"
-                order = ranked_columns(fit, positive, rule=config.select, two_sided=two_sided)
                 for k in kinds:
-                    columns = None if k is None else order[:k]
+                    columns = None if k is None else orders[place][:k]
                     probe = fit_probe(fit, positive, columns, strength=config.strength)
                     scores[k][:, place] = probe.scores(report)
             for k, found in scores.items():

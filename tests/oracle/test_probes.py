@@ -95,14 +95,17 @@ def test_columns_are_ranked_by_the_difference_of_means_and_constant_ones_left_ou
     positive = torch.tensor([True, True, False, False])
     columns = [[0, 0, 3, 3], [1, 1, 0, 0], [7, 7, 7, 7], [2, 2, 0, 0], [1, 0, 1, 0]]
     features = torch.tensor(columns).float().T
-    two = probes.ranked_columns(features, positive, two_sided=True)
-    one = probes.ranked_columns(features, positive, two_sided=False)
+    targets = positive[:, None]
+    two = probes.ranked_columns(features, targets, two_sided=True)[0]
+    one = probes.ranked_columns(features, targets, two_sided=False)[0]
     assert two.tolist() == [0, 3, 1]
     assert one.tolist() == [3, 1]
     noisy = torch.tensor([[9.0, 1, 0, 0], [1, 1, 0, 0]]).T
-    scaled = probes.ranked_columns(noisy, positive, rule="standardised_difference")
-    assert scaled.tolist() == [1, 0]
-    assert probes.ranked_columns(noisy, positive).tolist() == [0, 1]
+    scaled = probes.ranked_columns(noisy, targets, rule="standardised_difference")
+    assert scaled[0].tolist() == [1, 0]
+    assert probes.ranked_columns(noisy, targets)[0].tolist() == [0, 1]
+    other = probes.ranked_columns(noisy, torch.stack([positive, ~positive], 1))
+    assert torch.equal(other[0], other[1])
 
 
 # --------------------------------------------------------------------------------------- directions
