@@ -16,6 +16,7 @@ Mean and least-squares features: Makelov, Lange, Nanda (2025), Towards Principle
 Sparse Autoencoders for Interpretability and Control, arXiv 2405.08366.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, final
 
@@ -34,6 +35,7 @@ from saelab.probes import DIRECTIONS, Direction
 from saelab.protocols import Solved, Store
 
 _BATCH = 4096
+_DOCUMENTS = 10_000
 
 
 class SupervisedConfig(DictionaryConfig):
@@ -46,6 +48,11 @@ class SupervisedConfig(DictionaryConfig):
     per_label: Annotated[int, Field(ge=2)] = 10
     """Labels with fewer training documents have no direction, and do not count in `d_sae`."""
 
+    @classmethod
+    def example(cls) -> "SupervisedConfig":
+        """Return a small configuration on which the contract laws are tested."""
+        return cls.parse({"d_in": 8, "d_sae": 3, "per_label": 2})
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -57,9 +64,25 @@ class Lesson:
     directions: Float[Tensor, "d_sae d_in"] | None = None
 
     @property
-    def is_done(self) -> bool:
+    def loss(self) -> float:
+        """Share of the documents' variance that their labels leave: Σ‖x̄ − m_c‖² / Σ‖x̄ − m‖²."""
+        x, truth = self.x.double(), self.targets.double()
+        means = (truth.T @ x) / truth.sum(0)[:, None]
+        return float((x - truth @ means).square().sum() / (x - x.mean(0)).square().sum())
+
+    @property
+    def done(self) -> bool:
         """Whether there is nothing left to do."""
         return self.directions is not None
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for the log: every direction fires on every row."""
+        return {"l0": float(self.targets.shape[1]), "dead": 0.0}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `Supervised.restore` needs."""
+        found = {"x": self.x, "targets": self.targets}
+        return found if self.directions is None else found | {"directions": self.directions}
 
 
 @final
@@ -72,6 +95,20 @@ class Supervised(BaseDictionary, Solved):
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return projections on the directions, from `b_dec`."""
         return F.linear(self._rows(x) - self.b_dec, self.W_dec).reshape(*x.shape[:-1], self.d_sae)
+
+    @property
+    def most_iterations(self) -> int:
+        """One: the directions have closed forms, or are a regression solved to the end."""
+        return 1
+
+    @property
+    def working_bytes(self) -> float:
+        """Memory of the pooled sums of ten thousand documents."""
+        return 16 * _DOCUMENTS * self.d_in
+
+    def rows_read(self, n: int) -> int:
+        """Return n: every training row is read, once."""
+        return n
 
     def start(self, store: Store, generator: torch.Generator) -> Lesson:  # noqa: ARG002
         """Pool the labelled training documents of the store's only site; nothing is random.
@@ -99,10 +136,14 @@ class Supervised(BaseDictionary, Solved):
 
     def advance(self, store: Store, state: Lesson) -> Lesson:  # noqa: ARG002
         """Fit the directions, in one step; a finished lesson stays as it is."""
-        if state.is_done:
+        if state.done:
             return state
         fitted = DIRECTIONS[self.config.method](state.x, state.targets)
         return replace(state, directions=linalg.unit_rows(fitted))
+
+    def restore(self, store: Store, tensors: Mapping[str, Tensor]) -> Lesson:  # noqa: ARG002
+        """Return the lesson that gave these tensors."""
+        return Lesson(tensors["x"], tensors["targets"].bool(), tensors.get("directions"))
 
     @torch.no_grad()
     def finish(self, state: Lesson) -> None:

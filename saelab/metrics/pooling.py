@@ -66,9 +66,9 @@ class Pooling:
 
     def update(self, scores: Float[Tensor, "n m"], documents: Int[Tensor, " n"]) -> None:
         """Take in rows; each is of one of the documents."""
-        numbers, counts = torch.unique_consecutive(documents, return_counts=True)
+        numbers, counts = torch.unique_consecutive(documents.cpu(), return_counts=True)
         places = torch.searchsorted(self.documents, numbers)
-        pieces = scores.float().split(counts.tolist())
+        pieces = scores.float().cpu().split(counts.tolist())
         for place, piece in zip(places.tolist(), pieces, strict=True):
             self._high[place] = torch.maximum(self._high[place], piece.amax(0))
             self._low[place] = torch.maximum(self._low[place], -piece.amin(0))

@@ -25,7 +25,6 @@ class Texts(ArrayStore):
 
     def __init__(self, x, labels, texts=None, **options):
         super().__init__({SITE: x}, **options)
-        self.n_documents = self.n_windows
         self.labels = labels
         self.texts = texts or [f"document about {label}" for label in labels]
         self.content_hash = hashlib.sha256(repr((labels, x.sum())).encode()).hexdigest()
@@ -121,8 +120,10 @@ def test_what_cannot_be_told_apart_is_refused_with_what_to_do():
     one.labels = [None] * 300
     with pytest.raises(ConfigError, match="label_field"):
         labelled_documents(one, "split", at_most=None, per_class=5)
+    bare = ArrayStore({SITE: torch.ones(64, 2)})
+    del bare.n_documents
     with pytest.raises(ConfigError, match="label_field"):
-        labelled_documents(ArrayStore({SITE: torch.ones(64, 2)}), "split", at_most=1, per_class=2)
+        labelled_documents(bare, "split", at_most=1, per_class=2)
     packed = world()
     packed.document = lambda number: replace(world().document(number), group=max(0, number - 1))
     with pytest.raises(ConfigError, match="packing: document"):
@@ -289,8 +290,11 @@ def supervised(method, store, d_sae=3):
     )
     assert isinstance(made, Supervised)
     state = made.start(store, torch.Generator().manual_seed(0))
-    while not state.is_done:
+    again = made.restore(store, state.tensors())
+    while not state.done:
         state = made.advance(store, state)
+    assert torch.equal(made.advance(store, again).directions, state.directions)
+    assert torch.equal(made.restore(store, state.tensors()).directions, state.directions)
     assert made.advance(store, state) is state
     made.finish(state)
     return made
@@ -302,6 +306,9 @@ def test_supervised_directions_detect_their_labels_in_order(method):
     made = supervised(method, store)
     torch.testing.assert_close(made.W_dec.norm(dim=1), torch.ones(3))
     assert made.W_dec.argmax(1).tolist() == [0, 1, 2]
+    lesson = made.start(store, torch.Generator())
+    assert 0 < lesson.loss < 0.1
+    assert made.start(world(shuffled=True), torch.Generator()).loss > 0.9
     found = concepts(store, dictionary=made)
     assert found["dictionary", "concept_auc[max]"].value == 1
     assert found["dictionary", "concept_latent[max](class 2)"].value == 2
