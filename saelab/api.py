@@ -323,12 +323,8 @@ def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[
     return {"evals": inputs}
 
 
-_EVALUATORS: dict[str, type[Any]] = {
-    "core": CoreEvaluator,
-    "truth": TruthEvaluator,
-    "probing": ProbingEvaluator,
-    "concepts": ConceptsEvaluator,
-}
+_KINDS = (CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator)
+_EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
 
 
 @functools.lru_cache(maxsize=6)
