@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.types import Batch, SiteInfo, SparseLatents, TokenRun, Window
+from saelab.types import Batch, Document, SiteInfo, SparseLatents, TokenRun, Window
 
 Split = Literal["train", "heldout", "all"]
 """Which documents to read: the training ones, the held-out ones, or both."""
@@ -228,6 +228,17 @@ class PlantedStore(Store, Protocol):
     def codes(self, refs: Int[Tensor, " n"]) -> SparseLatents:
         """Return the planted codes of these row numbers, in that order. Raises ArtifactError if
         nothing was planted."""
+        ...
+
+
+@runtime_checkable
+class LabelledStore(Store, Protocol):
+    """A store that knows its documents: their texts, and labels where the corpus has some."""
+
+    n_documents: int
+
+    def document(self, number: int) -> Document:
+        """Return one document with its text and label."""
         ...
 
 
