@@ -91,10 +91,15 @@ def time_member(
         [(_, fitted)] = sweep.finish()
         once += time.perf_counter() - started
     trained = fitted.dictionary
+    if trained.d_sae < dictionary.d_sae:  # it grows: time it at its full width
+        trained = dictionary
     x = next(store.scan(site, batch=_ROWS)).x.to(trained.W_dec.device)
     with torch.no_grad():
         code = seconds(lambda: trained.decode(trained.encode_sparse(x))) / len(x)
-    return MemberTime(statistics.median(taken[_WARM_STEPS:]), checkpoint, once, code)
+    step = statistics.median(taken[_WARM_STEPS:])
+    if trained is dictionary:
+        step = max(step, train.batch * code)
+    return MemberTime(step, checkpoint, once, code)
 
 
 def time_reading(store: Store, site: str, train: TrainConfig) -> float:

@@ -10,6 +10,7 @@ from saelab.dictionaries.batch_topk import BatchTopK
 from saelab.dictionaries.feature_choice import FeatureChoice
 from saelab.dictionaries.gated import Gated
 from saelab.dictionaries.gradient_topk import GradientTopK
+from saelab.dictionaries.itda import ITDA
 from saelab.dictionaries.jump_relu import JumpReLU
 from saelab.dictionaries.matching_pursuit import MatchingPursuit
 from saelab.dictionaries.matryoshka import Matryoshka
@@ -28,6 +29,7 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "mutual_choice": MutualChoice,
     "gated": Gated,
     "gradient_topk": GradientTopK,
+    "itda": ITDA,
     "jump_relu": JumpReLU,
     "relu": ReLU,
     "supervised": Supervised,

@@ -27,6 +27,8 @@ class DictionaryConfig(Config):
 
     needs_grad: ClassVar[bool] = False
     """Whether the type is trained on `Batch.grad`: the store must hold gradients of its site."""
+    has_lr: ClassVar[bool] = True
+    """Whether the type is trained with a learning rate; if not, a member may not give one."""
 
     type: Any
     """Name in the registry: a type narrows it to one literal."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from saelab import dictionaries
 from saelab.dictionaries.base import BaseDictionary
 from saelab.errors import ShapeError
-from saelab.protocols import GradientTrained
+from saelab.protocols import GradientTrained, Streamed
 from saelab.types import Batch
 
 N = 40
@@ -25,6 +25,10 @@ def ready(name: str, seed: int = 0) -> BaseDictionary:
     generator = torch.Generator().manual_seed(seed)
     if isinstance(dictionary, GradientTrained):
         dictionary.init_(some_rows(dictionary.d_in, 2, 256), generator)
+    if isinstance(dictionary, Streamed):
+        rows = some_rows(dictionary.d_in, 2, 256)
+        dictionary.begin_(rows.mean(0), rows, len(rows))
+        dictionary.partial_fit(batch_of(rows))
     with torch.no_grad():
         for parameter in dictionary.parameters():
             if parameter.ndim == 1:
