@@ -317,5 +317,5 @@ class _Clock:
             "steps": self.config.steps,
             "eta_seconds": per_step * (self.config.steps - step),
             **self.summary(),
-            "members": {t.member.name: t.metrics[-1] for t in trainers if t.metrics},
+            "members": {t.member.name: t.journal.lines[-1] for t in trainers if t.journal.lines},
         }

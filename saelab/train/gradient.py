@@ -5,28 +5,21 @@ depend on who else is trained on the stream.
 """
 
 import copy
-import json
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saelab import artifacts, kernels
 from saelab.errors import NonFiniteError, ShapeError
 from saelab.protocols import Loss, Store
 from saelab.train import checkpoint, resample, schedules
 from saelab.train.config import ADAM_EPS, Fitted, Member, TrainConfig
+from saelab.train.journal import Journal, compare_machine, machine
 from saelab.train.trainee import Trainee
 from saelab.types import Batch
-
-log = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
 
 
 class GradientTrainer:
@@ -71,7 +64,7 @@ class GradientTrainer:
         self.n_revived = 0
         """Dead latents resampled since the last line of metrics."""
         self.resumed_at = 0
-        self.metrics: list[dict[str, Any]] = []
+        self.journal = Journal(member.draft)
 
     # ------------------------------------------------------------------------------------- steps
 
@@ -170,21 +163,7 @@ class GradientTrainer:
         if self.config.resample_every is not None:
             line["revived"] = self.n_revived / self.dictionary.d_sae
             self.n_revived = 0
-        self.metrics.append(line)
-        if self.member.draft is not None:
-            path = self.member.draft.folder / METRICS
-            artifacts.append_file(path, artifacts.canonical_line(line))
-
-    def _cut_metrics(self, path: Path) -> None:
-        """Drop the lines after the checkpoint's step, and a torn last one."""
-        lines = []
-        for text in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
-            line = json.loads(text)
-            if line["step"] <= self.done:
-                lines.append(line)
-        self.metrics = lines
-        if path.exists():
-            artifacts.write_file(path, b"".join(map(artifacts.canonical_line, lines)))
+        self.journal.add(line)
 
     # ------------------------------------------------------------------------------- checkpoints
 
@@ -196,7 +175,7 @@ class GradientTrainer:
         tensors = {f"weights.{name}": t for name, t in self.dictionary.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": t for i, s in adam.items() for name, t in s.items()}
         tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
-        state = {"step": self.done, "n_revived": self.n_revived, **_machine()}
+        state = {"step": self.done, "n_revived": self.n_revived, **machine()}
         checkpoint.write(self.member.draft.scratch, tensors, state)
 
     def discard(self) -> None:
@@ -214,15 +193,8 @@ class GradientTrainer:
             self._restore(tensors)
             self.done = self.resumed_at = state["step"]
             self.n_revived = state.get("n_revived", 0)
-            here = _machine()
-            changed = [f"{k} {state.get(k)} → {v}" for k, v in here.items() if state.get(k) != v]
-            if changed:
-                log.warning(
-                    "%s goes on from step %d under other conditions (%s): the result may differ "
-                    "in its last bits from an uninterrupted run's",
-                    self.member.name, self.done, ", ".join(changed),
-                )  # fmt: skip
-        self._cut_metrics(self.member.draft.folder / METRICS)
+            compare_machine(self.member.name, state)
+        self.journal.cut(self.done)
 
     def _restore(self, tensors: dict[str, Tensor]) -> None:
         weights, adam = {}, {}
@@ -248,7 +220,7 @@ class GradientTrainer:
         trained = self.dictionary.folded(self.scale)
         if self.member.draft is not None:
             trained.save(self.member.draft.folder)
-        last = self.metrics[-1]
+        last = self.journal.lines[-1]
         facts = {
             "type": trained.config.type,
             "site": self.member.site,
@@ -259,7 +231,7 @@ class GradientTrainer:
             "dead_window": self.config.window,
             **{f"last_{key}": last[key] for key in ("loss", "l0", "dead")},
         }
-        return Fitted(self.member.name, trained, self.metrics, facts)
+        return Fitted(self.member.name, trained, self.journal.lines, facts)
 
 
 def _groups(dictionary: Trainee) -> list[dict[str, Any]]:
@@ -281,8 +253,3 @@ def input_scale(store: Store, site: str) -> float:
             "Look at the store with `saelab list`, or harvest it again."
         )
     return store.width(site) ** 0.5 / mean_norm
-
-
-def _machine() -> dict[str, Any]:
-    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    return here | {"kernels": kernels.name()}

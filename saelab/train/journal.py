@@ -1,0 +1,55 @@
+"""What every trainer writes down the same way: its lines of metrics, and the machine it ran on."""
+
+import json
+import logging
+from typing import Any
+
+import torch
+
+from saelab import artifacts, kernels
+from saelab.artifacts import Draft
+
+METRICS = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """A member's lines of metrics: in memory, and in its draft if there is one."""
+
+    def __init__(self, draft: Draft | None) -> None:
+        """Begin without lines."""
+        self.lines: list[dict[str, Any]] = []
+        self._path = None if draft is None else draft.folder / METRICS
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        self.lines.append(line)
+        if self._path is not None:
+            artifacts.append_file(self._path, artifacts.canonical_line(line))
+
+    def cut(self, step: int) -> None:
+        """Take up the lines that were written, without those after a step and a torn last one."""
+        if self._path is None or not self._path.exists():
+            return
+        written = [json.loads(text) for text in self._path.read_bytes().split(b"\n")[:-1]]
+        self.lines = [line for line in written if line["step"] <= step]
+        artifacts.write_file(self._path, b"".join(map(artifacts.canonical_line, self.lines)))
+
+
+def machine() -> dict[str, Any]:
+    """Return what bits may depend on beside the configuration."""
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return here | {"kernels": kernels.name()}
+
+
+def compare_machine(member: str, state: dict[str, Any]) -> None:
+    """Warn of a checkpoint that was written under other conditions."""
+    here = machine()
+    changed = [f"{k} {state.get(k)} → {v}" for k, v in here.items() if state.get(k) != v]
+    if changed:
+        log.warning(
+            "%s goes on from step %d under other conditions (%s): the result may differ "
+            "in its last bits from an uninterrupted run's",
+            member, state["step"], ", ".join(changed),
+        )  # fmt: skip
