@@ -420,16 +420,61 @@ class Streamed(ABC):
         """Take in one batch."""
 
 
+@runtime_checkable
+class SolverState(Protocol):
+    """Where the solution of a `Solved` type stands between two iterations."""
+
+    @property
+    def loss(self) -> float:
+        """What is being made small, as a share of the rows' variance; not finite: it diverged."""
+        ...
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that an iteration reads."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers for the log, `l0` and `dead` among them."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what `restore` needs to go on with, bit for bit."""
+        ...
+
+
 class Solved(ABC):
-    """A type that is found by iterations over a whole store."""
+    """A type that is found by iterations over a whole store.
+
+    The store that it is given has one site, and rows that are float32 and scaled to mean norm √d.
+    """
+
+    @property
+    @abstractmethod
+    def most_iterations(self) -> int:
+        """How many iterations there may be."""
+
+    @property
+    @abstractmethod
+    def working_bytes(self) -> float:
+        """Most memory that a state takes, and an iteration beside it."""
 
     @abstractmethod
     def start(self, store: Store, generator: torch.Generator) -> Any:
-        """Return the initial state."""
+        """Return the initial `SolverState`."""
 
     @abstractmethod
     def advance(self, store: Store, state: Any) -> Any:
         """Return the next state."""
+
+    @abstractmethod
+    def restore(self, store: Store, tensors: Mapping[str, Tensor]) -> Any:
+        """Return the state that gave these tensors."""
 
     @abstractmethod
     def finish(self, state: Any) -> None:
