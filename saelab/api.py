@@ -289,7 +289,9 @@ def train(
     with Bar("train", settings.steps, "steps") as bar:
         return fit_members(
             (_member(spec, device) for spec in specs), activations, settings, done=done,
-            report=lambda info: bar.update(info["step"], describe(info)),
+            report=lambda info: bar.update(
+                settings.steps * info["step"] // info["steps"], describe(info)
+            ),
         )  # fmt: skip
 
 

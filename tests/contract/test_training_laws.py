@@ -1,4 +1,4 @@
-"""Every gradient-trained type of the registry: company and interruption change no bit."""
+"""Every type of the registry that can be trained: company and interruption change no bit."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from doubles import ArrayStore, planted_store
 
 from saelab import artifacts, dictionaries
 from saelab.dictionaries import REGISTRY
-from saelab.protocols import GradientTrained
+from saelab.protocols import GradientTrained, Solved
 from saelab.train.fit import Member, TrainConfig, fit
 
 CONFIG = TrainConfig(batch=32, tokens=32 * 12, log_every=1, checkpoint_every=0.2, dead_window=64)
@@ -16,6 +16,7 @@ RESAMPLED = TrainConfig(
 """A latent is dead when no row of the last batch had it: resampled after steps 2, 4, 6 and 8."""
 CONFIGS = pytest.mark.parametrize("config", [CONFIG, RESAMPLED], ids=["plain", "resampled"])
 TRAINED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, GradientTrained))
+SOLVED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, Solved))
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +41,18 @@ def store() -> ArrayStore:
 
 @CONFIGS
 def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store, config):
-    sweep = [member(name, seed) for seed, name in enumerate(TRAINED)]
+    sweep = [member(name, seed) for seed, name in enumerate(TRAINED + SOLVED)]
     for one, fitted in zip(sweep, fit(sweep, store, config), strict=True):
         (alone,) = fit([one], store, config)
-        assert config is CONFIG or any(line["revived"] for line in alone.metrics)
+        solved = isinstance(one.dictionary, Solved)
+        assert config is CONFIG or solved or any(line["revived"] for line in alone.metrics)
         assert alone.metrics == fitted.metrics
         theirs = fitted.dictionary.state_dict()
         assert all(torch.equal(theirs[k], v) for k, v in alone.dictionary.state_dict().items())
 
 
 @CONFIGS
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", TRAINED + SOLVED)
 def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
     name, config, store, tmp_path
 ):
@@ -67,6 +69,7 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
         return [(folder / file).read_bytes() for file in names]
 
     expected = files(tmp_path / "whole", None)
+    assert files(tmp_path / "again", None) == expected
     for stop_at in (5, 9):
         with pytest.raises(_Stop):
             files(tmp_path / "torn", stop_at)
