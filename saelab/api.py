@@ -28,7 +28,7 @@ from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.harvest.online import OnlineStore
 from saelab.passes import Load
 from saelab.progress import Bar
-from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.protocols import Dictionary, LanguageModel, Solved, Store
 from saelab.stats import ResultRow
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
@@ -270,9 +270,11 @@ def training_load(member: int, site: str, config: dict[str, Any], settings: Trai
     with torch.device("meta"):
         dictionary = dictionaries.create(config)
     weights = 4 * sum(p.numel() for p in dictionary.parameters())
+    reading = BUFFER_BYTES + 2 * 4 * CALIBRATION_ROWS * dictionary.d_in
+    if isinstance(dictionary, Solved):
+        return Load(member, site, 2 * weights, dictionary.working_bytes, reading)
     step = _STEP_MATRICES * 4 * settings.batch * dictionary.d_sae
     checkpoint = 6 * weights
-    reading = BUFFER_BYTES + 2 * 4 * CALIBRATION_ROWS * dictionary.d_in
     return Load(member, site, 4 * weights, max(step, checkpoint), reading)
 
 

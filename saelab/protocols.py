@@ -430,11 +430,6 @@ class SolverState(Protocol):
         ...
 
     @property
-    def n_rows(self) -> int:
-        """Rows that an iteration reads."""
-        ...
-
-    @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
         ...
@@ -463,6 +458,10 @@ class Solved(ABC):
     @abstractmethod
     def working_bytes(self) -> float:
         """Most memory that a state takes, and an iteration beside it."""
+
+    @abstractmethod
+    def rows_read(self, n: int) -> int:
+        """Return how many of n training rows an iteration reads: all, or a minibatch."""
 
     @abstractmethod
     def start(self, store: Store, generator: torch.Generator) -> Any:

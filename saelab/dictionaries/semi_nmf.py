@@ -112,11 +112,6 @@ class State:
         """The level's FVU after the last update."""
         return self.part.loss
 
-    @property
-    def n_rows(self) -> int:
-        """Rows that an update reads."""
-        return self.part.n_rows
-
     def metrics(self) -> dict[str, float]:
         """Return FVU, codes per row above `COUNTS` of its largest, and features in no such code."""
         codes = self.part.codes()
@@ -208,6 +203,10 @@ class SemiNMF(BaseDictionary, Solved):
         c = self.config
         return 4.0 * (c.rows * (c.d_in + 6 * c.d_sae) + 8 * c.d_sae * c.d_in)
 
+    def rows_read(self, n: int) -> int:
+        """Return how many of n training rows an update reads: all, or a minibatch."""
+        return n if n <= self.config.rows else self.config.batch
+
     @torch.no_grad()
     def start(self, store: Store, generator: torch.Generator) -> State:
         """Return first codes of the training rows, or, by minibatches, features of some of them.
@@ -221,7 +220,7 @@ class SemiNMF(BaseDictionary, Solved):
                 f"{store.sites[0]!r} keeps {n}; lower d_sae, or harvest more text"
             )
         seeds = torch.randint(2**31, (self.n_levels + 1,), generator=generator)
-        if n <= config.rows:
+        if self.rows_read(n) == n:
             return State(self._begin(_rows_of(store, n), 0, seeds), seeds)
         sample = next(_stream(store, config.rows, int(seeds[-1]), 0)).x
         part = self._begin(sample.T.contiguous(), 0, seeds)

@@ -126,11 +126,6 @@ class Whole:
         return Whole(xt, *spread(xt), Factors(codes, gram, none, math.inf))
 
     @property
-    def n_rows(self) -> int:
-        """Rows that an update reads."""
-        return self.xt.shape[1]
-
-    @property
     def loss(self) -> float:
         """‖X − G F‖² / Σ‖x − mean‖²."""
         return self.factors.loss / self.spread
@@ -190,11 +185,6 @@ class Minibatched:
         return Minibatched(
             stream, variance, 0, *sums, features, features, features.new_zeros(codes), recent
         )
-
-    @property
-    def n_rows(self) -> int:
-        """Rows that an update reads."""
-        return self.last.shape[1]
 
     @property
     def loss(self) -> float:

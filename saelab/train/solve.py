@@ -96,6 +96,8 @@ class Solver:
         self.member = replace(member, dictionary=self.dictionary)
         view = ScaledSite(store, member.site, self.scale, given.W_dec.device)
         self.view = cast(Store, view)
+        self.reads = self.dictionary.rows_read(store.n_kept(member.site, "train"))
+        """Rows that an iteration reads."""
         self.journal = Journal(member.draft)
         self.state: SolverState | None = None
         self.done = 0
@@ -136,7 +138,7 @@ class Solver:
             )
         if self.done % self.config.log_every and not state.done:
             return False
-        line = {"step": self.done, "tokens": self.done * state.n_rows, "loss": state.loss}
+        line = {"step": self.done, "tokens": self.done * self.reads, "loss": state.loss}
         self.journal.add(line | state.metrics())
         return True
 
@@ -178,12 +180,11 @@ class Solver:
     def info(self) -> dict[str, Any]:
         """Return what a report is told."""
         n, seconds = self.done - self.resumed_at, max(self.seconds, 1e-9)
-        rows = 0 if self.state is None else self.state.n_rows
         return {
             "step": self.done,
             "steps": self.most,
             "eta_seconds": seconds / max(n, 1) * (self.most - self.done),
-            "tokens_per_second": round(n * rows / seconds, 1),
+            "tokens_per_second": round(n * self.reads / seconds, 1),
             "share_reading": 0.0,
             "share_stepping": 1.0,
             "share_logging": 0.0,

@@ -34,6 +34,7 @@ class Solvable(Dictionary, Protocol):
 
     @property
     def most_iterations(self) -> int: ...  # noqa: D102
+    def rows_read(self, n: int) -> int: ...  # noqa: D102
     def start(self, store: Store, generator: torch.Generator) -> SolverState: ...  # noqa: D102
     def advance(self, store: Store, state: Any) -> SolverState: ...  # noqa: D102
     def restore(self, store: Store, tensors: Mapping[str, Tensor]) -> SolverState: ...  # noqa: D102
