@@ -420,29 +420,6 @@ class Streamed(ABC):
         """Take in one batch."""
 
 
-@runtime_checkable
-class SolverState(Protocol):
-    """Where the solution of a `Solved` type stands between two iterations."""
-
-    @property
-    def loss(self) -> float:
-        """What is being made small, as a share of the rows' variance; not finite: it diverged."""
-        ...
-
-    @property
-    def done(self) -> bool:
-        """Whether there is nothing left to do."""
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """Return numbers for the log, `l0` and `dead` among them."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what `restore` needs to go on with, bit for bit."""
-        ...
-
-
 class Solved(ABC):
     """A type that is found by iterations over a whole store.
 
@@ -465,7 +442,7 @@ class Solved(ABC):
 
     @abstractmethod
     def start(self, store: Store, generator: torch.Generator) -> Any:
-        """Return the initial `SolverState`."""
+        """Return the initial state; `train.trainee.SolverState` says what it offers."""
 
     @abstractmethod
     def advance(self, store: Store, state: Any) -> Any:

@@ -68,6 +68,16 @@ def _step_back(values, trial, support, size):
 
 
 @numba.njit(nogil=True, cache=True)
+def _shrink(factor, gram, scores, pivot, support, values, trial, size):
+    """Let features leave until least squares on the rest is positive; return how many stay."""
+    while size > 0 and trial[:size].min() <= 0:
+        size, first = _step_back(values, trial, support, size)
+        _factor(factor, gram, support, first, size, pivot)
+        _solve(factor, size, scores, support, trial)
+    return size
+
+
+@numba.njit(nogil=True, cache=True)
 def nnls_rows(start, stop, scores, gram, floor, pivot, z):
     """Fill rows start … stop − 1 of z ≥ 0 with the minimum of zᵀ gram z / 2 − ⟨scores, z⟩.
 
@@ -101,13 +111,11 @@ def nnls_rows(start, stop, scores, gram, floor, pivot, z):
             if trial[size - 1] <= 0:  # by rounding
                 size -= 1
                 continue
-            while size > 0 and trial[:size].min() <= 0:
-                size, first = _step_back(values, trial, support, size)
+            if trial[:size].min() <= 0:
+                size = _shrink(factor, gram, scores[row], pivot, support, values, trial, size)
                 out[:] = False
                 for i in range(size):
                     out[support[i]] = True
-                _factor(factor, gram, support, first, size, pivot)
-                _solve(factor, size, scores[row], support, trial)
             values[:size] = trial[:size]
             slope[:] = scores[row]
             for i in range(size):

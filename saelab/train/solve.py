@@ -19,12 +19,12 @@ from torch import Tensor
 
 from saelab import kernels
 from saelab.errors import ConfigError, Interrupted, NonFiniteError, ShapeError
-from saelab.protocols import SiteStats, SolverState, Store
+from saelab.protocols import SiteStats, Store
 from saelab.train import checkpoint
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import input_scale
 from saelab.train.journal import Journal, compare_machine, machine
-from saelab.train.trainee import Solvable
+from saelab.train.trainee import Solvable, SolverState
 from saelab.types import Batch
 
 Report = Callable[[dict[str, Any]], None]
