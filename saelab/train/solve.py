@@ -37,9 +37,8 @@ class ScaledSite:
         """Look at `site` through `scale`."""
         self._store, self._scale, self._device = store, scale, device
         self.sites = (site,)
-        own = {"sites", *vars(ScaledSite)}
-        for name in {*vars(Store), *Store.__annotations__} - own:
-            if not name.startswith("_"):
+        for name in dir(store):  # so that it passes for every protocol that the store passes for
+            if not name.startswith("_") and not hasattr(self, name):
                 setattr(self, name, getattr(store, name))
 
     def stats(self, site: str) -> SiteStats:
