@@ -17,8 +17,11 @@ import torch
 
 from saelab import artifacts, dictionaries, models, store
 from saelab.artifacts import Draft, canonical_line, read_manifest
+from saelab.config import Config
 from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
+from saelab.evals.concepts import ConceptsEvaluator
 from saelab.evals.core import CoreConfig, CoreEvaluator
+from saelab.evals.probing import ProbingEvaluator
 from saelab.evals.truth import TruthConfig, TruthEvaluator
 from saelab.features.build import IndexConfig, build
 from saelab.features.read import Features
@@ -28,7 +31,7 @@ from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.harvest.online import OnlineStore
 from saelab.passes import Load
 from saelab.progress import Bar
-from saelab.protocols import Dictionary, LanguageModel, Solved, Store
+from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.stats import ResultRow
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
@@ -319,18 +322,19 @@ def _member(spec: MemberSpec, device: torch.device) -> Member:
 def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of the evaluation goes into a results key: each evaluator's version and
     settings."""
-    versions = {"core": CoreEvaluator.version, "truth": TruthEvaluator.version}
-    return {
-        "evals": {
-            name: {"version": versions[name], "config": configs[name].plain()} for name in evals
-        }
-    }
+    versions = {name: _EVALUATORS[name].version for name in evals}
+    inputs = {name: {"version": versions[name], "config": configs[name].plain()} for name in evals}
+    return {"evals": inputs}
 
 
-@functools.lru_cache(maxsize=2)
-def _core_evaluator(config: CoreConfig, site: str) -> CoreEvaluator:
+_KINDS = (CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator)
+_EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
+
+
+@functools.lru_cache(maxsize=6)
+def _evaluator(name: str, config: Config, site: str) -> Evaluator:
     """Return the evaluator that a run's dictionaries of one site share: it keeps their controls."""
-    return CoreEvaluator(config, site)
+    return _EVALUATORS[name](config, site)
 
 
 def write_results(
@@ -353,14 +357,10 @@ def write_results(
     }
     device = model.device if model is not None else torch.device("cpu")
     loaded = dictionaries.load(dictionary).to(device)
-    evaluators = {
-        "core": lambda: _core_evaluator(configs["core"], site),
-        "truth": lambda: TruthEvaluator(configs["truth"], site),
-    }
     lines = []
     for name in evals:
         with _spinner(f"evaluate {name}"):
-            rows = evaluators[name]()(loaded, activations, model)
+            rows = _evaluator(name, configs[name], site)(loaded, activations, model)
             lines += [canonical_line(row.plain() | origin) for row in rows]
     draft.write("results.jsonl", b"".join(lines))
     return {"n_results": len(lines), "evals": list(evals), "site": site}

@@ -29,11 +29,14 @@ LOWER = (
 HIGHER = (
     "ce_recovered_zero", "ce_recovered_mean", "cosine", "pca_rank_of_equal_fvu",
     "r2", "mcc", "uniqueness", "precision", "recall", "f1",
+    "concept_auc[max]", "concept_auc[mean]", "snmf_score",
+    *(f"probe_{what}[k={k},{how}]" for what in ("auc", "accuracy") for how in ("max", "mean")
+      for k in (1, 2, 5, 20)),
 )  # fmt: skip
 """Metrics that rank members, the largest first."""
 COLUMNS = ("l0", "fvu", "kl", "ce_recovered_zero", "dead_share")
 """What a board shows beside the metric that it is ranked by."""
-DEFAULTS = ("fvu", "r2")
+DEFAULTS = ("fvu", "r2", "probe_auc[k=1,max]", "concept_auc[max]")
 """What ranks when nothing is said: the first of them that was measured."""
 TITLES = {
     "l0": "L0",

@@ -107,8 +107,10 @@ def _parse(entry: _Entry) -> Member:
         raise ConfigError(f"{where}.type: this key is required, and names a type")
     fields = {k: v for k, v in data.items() if k not in _OWN}
     try:
-        config_class(data["type"]).parse({"d_in": 2**30, **fields})
+        own = config_class(data["type"]).parse({"d_in": 2**30, **fields})
         training = MemberTraining.parse({k: data[k] for k in _OWN if k in data})
+        if training.lr is not None and not own.has_lr:
+            raise ConfigError(f"lr: {data['type']} takes no gradient steps; drop the key")
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     name = training.name or _default_name(data, entry.axes)
@@ -193,7 +195,8 @@ def _values(value: Any) -> list[Any]:
 def _known(type_name: str, where: str) -> set[str]:
     """Return the keys that a member of this type may have."""
     try:
-        fields = set(config_class(type_name).model_fields)
+        kind = config_class(type_name)
     except ConfigError as error:
         raise ConfigError(f"{where}.type: {error}") from None
-    return (fields | set(_OWN)) - {"d_in", "name"}
+    unused = {"d_in", "name"} if kind.has_lr else {"d_in", "name", "lr"}
+    return (set(kind.model_fields) | set(_OWN)) - unused

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.types import Batch, SiteInfo, SparseLatents, TokenRun, Window
+from saelab.types import Batch, Document, SiteInfo, SparseLatents, TokenRun, Window
 
 Split = Literal["train", "heldout", "all"]
 """Which documents to read: the training ones, the held-out ones, or both."""
@@ -232,6 +232,17 @@ class PlantedStore(Store, Protocol):
 
 
 @runtime_checkable
+class LabelledStore(Store, Protocol):
+    """A store that knows its documents: their texts, and labels where the corpus has some."""
+
+    n_documents: int
+
+    def document(self, number: int) -> Document:
+        """Return one document with its text and label."""
+        ...
+
+
+@runtime_checkable
 class LanguageModel(Protocol):
     """A causal language model whose activations can be read, replaced and differentiated.
 
@@ -412,12 +423,43 @@ class GradientTrained(ABC):
         nothing."""
 
 
+@dataclass(frozen=True)
+class Intake:
+    """What a streamed type did with a batch."""
+
+    seen: int
+    """Rows it looked at: all of the batch, unless it became full."""
+    failed: int
+    """Rows that it coded too badly; each left its mark."""
+    error: float
+    """Sum of the rows' errors, each as it was at the row's turn."""
+
+
 class Streamed(ABC):
-    """A type that is built from one pass over batches."""
+    """A type that is built in one pass over batches, each seen once. Its state between two batches
+    is its `state_dict`, whose tensors may grow; `load_tensors_` takes it up again."""
 
     @abstractmethod
-    def partial_fit(self, batch: Batch) -> None:
-        """Take in one batch."""
+    def begin_(
+        self, mean: Float[Tensor, " d_in"], sample: Float[Tensor, "n d_in"], n_rows: int
+    ) -> None:
+        """Start afresh, knowing the rows' mean, a sample, and how many different ones will come."""
+
+    @abstractmethod
+    def partial_fit(self, batch: Batch) -> Intake:
+        """Take in one batch, row after row."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether further batches change nothing. Default: never."""
+        return False
+
+    def unplaced(self) -> Int[Tensor, " m"]:
+        """Return the row numbers whose place it keeps and has not been told. Default: none."""
+        return torch.zeros(0, dtype=torch.int64)
+
+    def place_(self, position: Int[Tensor, " m"], token: Int[Tensor, " m"]) -> None:
+        """Take in the place in its window and the token of each of `unplaced`. Default: nothing."""
 
 
 class Solved(ABC):

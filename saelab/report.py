@@ -37,6 +37,14 @@ _TRUTH_TITLES = {
     "dead_share": "dead ↓",
 }
 
+_CONCEPT_TITLES = {
+    "concept_auc[max]": "AUC, max ↑",
+    "concept_auc[mean]": "AUC, mean ↑",
+    "concept_candidates[max]": "candidates",
+    "snmf_score": "SNMF score ↑",
+    "snmf_clamped": "clamped ↓",
+}
+
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
     """Return a results artifact's rows."""
@@ -60,8 +68,10 @@ def scorecard(results: Path) -> Group:
     """Return one results artifact as tables: for each evaluator arms by leading metrics, and the
     dictionary's rest."""
     everything, manifest = read_rows(results), artifacts.read_manifest(results)
-    rows = [row for row in everything if row["evaluator"] != "truth"]
-    truth = [row for row in everything if row["evaluator"] == "truth"]
+    by: dict[str, list[dict[str, Any]]] = {}
+    for row in everything:
+        by.setdefault(row["evaluator"], []).append(row)
+    rows, truth = by.get("core", []), by.get("truth", [])
     rest = [
         row
         for part, titles in ((rows, _TITLES), (truth, _TRUTH_TITLES))
@@ -71,16 +81,43 @@ def scorecard(results: Path) -> Group:
     details = table("of the dictionary", "value", "unit")
     for row in rest:
         details.add_row(row["name"], _cell(row), row["unit"])
-    n = next(row["n"] for row in everything if row["name"] in ("fvu", "r2"))
+    n = next((row["n"] for row in everything if row["name"] in ("fvu", "r2")), None)
     spliced = next((row["n"] for row in rows if row["name"] == "kl"), None)
-    words = f"{n:,} held-out rows" + (f", {spliced:,} spliced positions" if spliced else "")
+    counted = [f"{n:,} held-out rows"] if n else []
+    counted += [f"{spliced:,} spliced positions"] if spliced else []
+    counted += [_labels(by[name]) for name in ("probing", "concepts") if name in by]
+    words = ", ".join(counted)
     pages = "docs/metrics.md and docs/truth.md" if truth else "docs/metrics.md"
     note = f"± is one standard error (bootstrap over documents); {words}. See {pages}."
     head = Text(f"{results.name}  {manifest.facts['site']}", style="bold")
     tables = [_by_arm("", rows, _TITLES)] if rows else []
     tables += [_by_arm("against the planted truth", truth, _TRUTH_TITLES)] if truth else []
-    spaced = [part for shown in [*tables, details] for part in (Text(), shown)]
+    tables += _label_tables(by)
+    tables += [details] if rest else []
+    spaced = [part for shown in tables for part in (Text(), shown)]
     return Group(head, *spaced, Text(), Text(note, style="dim"))
+
+
+def _label_tables(by: dict[str, list[dict[str, Any]]]) -> list[Table]:
+    """Return the tables of the evaluators of labels, means over labels."""
+    found = []
+    if "probing" in by:
+        kinds = (row["name"] for row in by["probing"] if row["name"].startswith("probe_accuracy["))
+        titles = {name: name[15:-1].replace(",", " ") for name in kinds if name.endswith("]")}
+        found.append(_by_arm("balanced accuracy of probes ↑", by["probing"], titles))
+    if "concepts" in by:
+        found.append(_by_arm("labels told by one latent", by["concepts"], _CONCEPT_TITLES))
+    return found
+
+
+def _labels(rows: list[dict[str, Any]]) -> str:
+    counts = {
+        row["name"].removeprefix(f"{row['evaluator']}_"): row["value"]
+        for row in rows
+        if row["arm"] == "corpus"
+    }
+    left_out = f" ({counts['labels_left_out']:.0f} left out)" if counts["labels_left_out"] else ""
+    return f"{counts['labels']:.0f} labels{left_out} of {counts['documents']:,.0f} documents"
 
 
 def _by_arm(first: str, rows: list[dict[str, Any]], titles: dict[str, str]) -> Table:
@@ -89,7 +126,7 @@ def _by_arm(first: str, rows: list[dict[str, Any]], titles: dict[str, str]) -> T
     names = {row["name"] for row in rows}
     leading = [name for name in titles if name in names]
     card = table(first, *(titles[name] for name in leading))
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["name"] in leading):
         style = "bold" if arm == "dictionary" else ""
         card.add_row(arm, *(_cell(cells.get((name, arm))) for name in leading), style=style)
     return card

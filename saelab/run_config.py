@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from saelab.config import Config, apply_overrides, load_yaml
 from saelab.dictionaries import config_class
 from saelab.errors import ConfigError, nearest
+from saelab.evals.concepts import ConceptsConfig
 from saelab.evals.core import CoreConfig
+from saelab.evals.probing import ProbingConfig
 from saelab.evals.truth import TruthConfig
 from saelab.features.build import IndexConfig
 from saelab.harvest.corpus import CorpusConfig
@@ -32,16 +34,25 @@ class ModelConfig(Config):
 class EvaluateConfig(Config):
     """Which evaluators score each dictionary."""
 
-    evals: list[Literal["core", "truth"]] = ["core"]
-    """Evaluators by name; `truth` needs a planted store."""
+    evals: list[Literal["core", "truth", "probing", "concepts"]] = ["core"]
+    """Evaluators by name; `truth` needs a planted store, `probing` and `concepts` need labels."""
     core: CoreConfig = CoreConfig()
     """Settings of the core evaluator."""
     truth: TruthConfig = TruthConfig()
     """Settings of the evaluator that knows what was planted."""
+    probing: ProbingConfig = ProbingConfig()
+    """Settings of the k-sparse probes."""
+    concepts: ConceptsConfig = ConceptsConfig()
+    """Settings of concept detection."""
 
     def settings(self) -> dict[str, Config]:
         """Return each evaluator's settings by its name."""
-        return {"core": self.core, "truth": self.truth}
+        return {name: getattr(self, name) for name in ("core", "truth", "probing", "concepts")}
+
+    @property
+    def need_labels(self) -> list[str]:
+        """The chosen evaluators that score documents by their labels."""
+        return [name for name in self.evals if name in ("probing", "concepts")]
 
 
 class RunConfig(Config):
@@ -89,6 +100,8 @@ class RunConfig(Config):
             raise ValueError("a corpus needs model and harvest beside it")
         if self.corpus is not None and self.evaluate and "truth" in self.evaluate.evals:
             raise ValueError("evaluate.evals: truth needs a planted store (`synthetic:`)")
+        if self.evaluate and self.store is None:
+            _check_labels(self.corpus, self.evaluate.need_labels)
         if (self.dictionaries or self.grid) and self.train is None:
             raise ValueError("dictionaries need a train section (batch, tokens)")
         return self
@@ -96,6 +109,19 @@ class RunConfig(Config):
     def members(self) -> list[Member]:
         """Return all members, of the list and of the grids. Raises ConfigError naming a bad one."""
         return expand(self.dictionaries, self.grid)
+
+
+def _check_labels(corpus: CorpusConfig | None, evals: list[str]) -> None:
+    """Raise ValueError if a store made from this corpus will have no documents to score."""
+    if not evals:
+        return
+    what = f"evaluate.evals: {', '.join(evals)} needs documents"
+    if corpus is None:
+        raise ValueError(f"{what} with labels, which planted stores have not; give a corpus")
+    if corpus.source != "toy" and corpus.label_field is None:
+        raise ValueError(f"{what} with labels; say which column with corpus.label_field")
+    if corpus.packing != "document":
+        raise ValueError(f"{what} that share no window; set corpus.packing to document")
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

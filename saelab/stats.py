@@ -66,6 +66,21 @@ def bootstrap(
     return torch.cat([statistic(weights @ sums) for weights in draws])
 
 
+def bootstrap_weights(
+    n: int,
+    statistic: Callable[[Float[Tensor, "b n"]], Float[Tensor, "b c"]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Float[Tensor, "resamples c"]:
+    """Return a statistic of each resample of `n` documents that is no function of sums.
+
+    It is given how often each document is drawn. Draws are paired as in `bootstrap`: equal for an
+    equal seed, `n` and `resamples`.
+    """
+    return torch.cat([statistic(weights) for weights in _draws(n, resamples, seed, n)])
+
+
 def bootstrap_median(
     values: Float[Tensor, " n"],
     documents: Int[Tensor, " n"],
@@ -198,6 +213,47 @@ def auc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
         return float("nan")
     wins = ranks[positive.cpu().numpy()].sum() - n_positive * (n_positive + 1) / 2
     return float(wins / (n_positive * n_negative))
+
+
+def aucs(
+    scores: Float[Tensor, "n m"], positive: Bool[Tensor, "n classes"]
+) -> Float[Tensor, "classes m"]:
+    """Return `auc` of every column of scores for every class; NaN for a class with one side."""
+    from scipy.stats import rankdata
+
+    found = []
+    truth = positive.double()
+    n_positive = truth.sum(0)[:, None]
+    pairs = n_positive * (len(positive) - n_positive)
+    for part in scores.split(1024, dim=1):
+        ranks = torch.from_numpy(rankdata(part.double().cpu().numpy(), axis=0))
+        wins = truth.T @ ranks - n_positive * (n_positive + 1) / 2
+        found.append(wins / pairs)
+    return torch.cat(found, 1) if found else truth.new_zeros(truth.shape[1], 0)
+
+
+def weighted_auc(
+    scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"], weights: Float[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """Return `auc` with each document drawn as often as a row of weights says; NaN as there."""
+    values, place = torch.unique(scores, return_inverse=True)
+    sides = []
+    for side in (positive, ~positive):
+        mass = weights.new_zeros(len(weights), len(values))
+        sides.append(mass.index_add_(1, place[side], weights[:, side]))
+    high, low = sides
+    below = low.cumsum(1) - low / 2
+    return (high * below).sum(1) / (high.sum(1) * low.sum(1))
+
+
+def weighted_balanced_accuracy(
+    said: Bool[Tensor, " n"], positive: Bool[Tensor, " n"], weights: Float[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """Return the mean of the shares of positives and of negatives that are told right."""
+    right = (said == positive).to(weights)
+    truth = positive.to(weights)
+    shares = [(weights @ (right * t)) / (weights @ t) for t in (truth, 1 - truth)]
+    return (shares[0] + shares[1]) / 2
 
 
 def benjamini_hochberg(p_values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -104,8 +104,13 @@ def time_member(
         started = time.perf_counter()
         [(_, fitted)] = sweep.finish()
         once += time.perf_counter() - started
-    code = _time_coding(fitted.dictionary, store)
-    return MemberTime(statistics.median(taken[_WARM_STEPS:]), checkpoint, once, code)
+    trained = fitted.dictionary
+    if trained.d_sae < dictionary.d_sae:  # it grows: time it at its full width
+        trained = dictionary
+    code, step = _time_coding(trained, store), statistics.median(taken[_WARM_STEPS:])
+    if trained is dictionary:
+        step = max(step, train.batch * code)
+    return MemberTime(step, checkpoint, once, code)
 
 
 def _time_solved(member: Member, store: Store, train: TrainConfig) -> MemberTime:

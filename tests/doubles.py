@@ -1,5 +1,6 @@
 """Stand-ins for protocols, small enough to be read at a glance."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saelab.protocols import SiteStats, Split
-from saelab.types import Batch, Window
+from saelab.types import Batch, Document, Window
 
 
 class ArrayStore:
@@ -31,7 +32,7 @@ class ArrayStore:
         self.grad_sites = tuple(self._grads)
         self.grad_labels = "sampled" if grads else None
         self.n_rows = len(next(iter(sites.values())))
-        self.n_windows = -(-self.n_rows // window)
+        self.n_windows = self.n_documents = -(-self.n_rows // window)
 
     def width(self, site: str) -> int:
         return self._x[site].shape[1]
@@ -101,6 +102,11 @@ class ArrayStore:
             number, first, ids, torch.full((n,), number), tuple(f"t{i}" for i in ids.tolist()),
             number % 5 == 4, torch.ones(n, dtype=torch.bool),
         )  # fmt: skip
+
+    def document(self, number: int) -> Document:
+        """Return a document with one of three labels."""
+        sha = hashlib.sha256(str(number).encode()).hexdigest()
+        return Document(number, sha, number % 5 == 4, f"text {number}", f"label {number % 3}")
 
     def context(self, ref: int, before: int, after: int) -> tuple[list[str], int]:
         window = self.window(self.sites[0], ref // self._window)

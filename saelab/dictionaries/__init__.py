@@ -10,12 +10,14 @@ from saelab.dictionaries.batch_topk import BatchTopK
 from saelab.dictionaries.feature_choice import FeatureChoice
 from saelab.dictionaries.gated import Gated
 from saelab.dictionaries.gradient_topk import GradientTopK
+from saelab.dictionaries.itda import ITDA
 from saelab.dictionaries.jump_relu import JumpReLU
 from saelab.dictionaries.matching_pursuit import MatchingPursuit
 from saelab.dictionaries.matryoshka import Matryoshka
 from saelab.dictionaries.mutual_choice import MutualChoice
 from saelab.dictionaries.relu import ReLU
 from saelab.dictionaries.semi_nmf import SemiNMF
+from saelab.dictionaries.supervised import Supervised
 from saelab.dictionaries.topk import TopK
 from saelab.errors import ConfigError, nearest
 
@@ -28,9 +30,11 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "mutual_choice": MutualChoice,
     "gated": Gated,
     "gradient_topk": GradientTopK,
+    "itda": ITDA,
     "jump_relu": JumpReLU,
     "relu": ReLU,
     "semi_nmf": SemiNMF,
+    "supervised": Supervised,
     "topk": TopK,
 }
 

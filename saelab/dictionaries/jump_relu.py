@@ -14,6 +14,7 @@ Rajamanoharan et al. 2024, "Jumping Ahead: Improving Reconstruction Fidelity wit
 Autoencoders", arXiv 2407.14435.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal, final
@@ -28,6 +29,8 @@ from saelab.dictionaries.penalty import DenseDictionary, Share, check_target
 from saelab.ops import control, jump, select
 from saelab.protocols import Loss
 from saelab.types import Batch
+
+log = logging.getLogger(__name__)
 
 START = 4.0
 """Mean L0 at the start, in units of the target."""
@@ -142,14 +145,24 @@ class JumpReLU(DenseDictionary):
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
-        """Scale all thresholds by one factor, at which the batches' mean L0 is the target."""
+        """Scale all thresholds by one factor, at which the batches' mean L0 is the target.
+
+        Warns where none reaches it: latents with threshold 0 alone fire too often, or thresholds
+        would have to fall below `LOWEST` of what they are.
+        """
         x = torch.cat([batch.x for batch in batches])
         near = select.above(self._centred(x), self.W_enc, self.b_enc, LOWEST * self.threshold)
+        ratio = near.values / self.threshold.index_select(0, near.indices)
+        ratio = ratio.sort(descending=True).values
         wanted = int(self.config.target_l0 * len(x))
-        if wanted < len(near.values):
-            ratio = near.values / self.threshold.index_select(0, near.indices)
-            factor = ratio.sort(descending=True).values[wanted]
-            self.threshold.mul_(factor.nan_to_num(1.0, 1.0, 1.0))
+        if wanted < len(ratio) and bool(ratio[wanted].isfinite()):
+            self.threshold.mul_(ratio[wanted])
+            return
+        log.warning(
+            "no factor on the thresholds brings the mean L0 to target_l0=%g: they are left as "
+            "they are. Train for longer, or choose a target nearer to the L0 of metrics.jsonl",
+            self.config.target_l0,
+        )
 
     @torch.no_grad()
     def constrain_(self) -> None:

@@ -40,6 +40,7 @@ COUNTS = 0.01
 class SemiNMFConfig(DictionaryConfig):
     """A semi-non-negative factorisation of an MLP's neurons; `d_sae` is its rank."""
 
+    has_lr: ClassVar[bool] = False
     needs_neurons: ClassVar[bool] = True
 
     type: Literal["semi_nmf"] = "semi_nmf"

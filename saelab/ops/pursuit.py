@@ -165,7 +165,7 @@ def _pursue_residual(
             residual = residual - coefficients[:, step, None] * atoms[atom]
         else:
             support = order[:, : step + 1]
-            coefficients[:, : step + 1], residual = _least_squares(x, atoms, support)
+            coefficients[:, : step + 1], residual = least_squares(x, atoms, support)
         if banned is not None:
             banned.scatter_(1, atom[:, None], True)
         if not goes.any():
@@ -291,7 +291,7 @@ def _floor(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     return x.norm(dim=1) * (NOISE * torch.finfo(x.dtype).eps)
 
 
-def _least_squares(
+def least_squares(
     x: Float[Tensor, "n d"], atoms: Float[Tensor, "n_atoms d"], support: Int[Tensor, "n t"]
 ) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n d"]]:
     """Return each row's best coefficients on its support, and the residual they leave."""

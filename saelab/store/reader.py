@@ -49,6 +49,7 @@ class DiskStore:
         self._grad_dtype = fmt.DTYPES[self.facts.get("grad_dtype", "float32")]
         self.buffer_bytes = buffer_bytes
         self._maps = ShardMaps(path)
+        self.n_documents = len(self._maps.document_shard)
         self._document = lru_cache(256)(self._read_document)
 
     # ------------------------------------------------------------------------- what there is

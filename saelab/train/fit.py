@@ -21,10 +21,11 @@ import torch
 from saelab import kernels
 from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError, SiteError
 from saelab.ops.select import tally
-from saelab.protocols import GradientTrained, Solved, Store
+from saelab.protocols import GradientTrained, Solved, Store, Streamed
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import GradientTrainer, input_scale
 from saelab.train.solve import Solver, solve
+from saelab.train.streaming import StreamTrainer
 from saelab.train.wandb_log import WandbLog
 from saelab.types import Batch, holds_neurons
 
@@ -40,6 +41,9 @@ SAMPLE_ROWS = 32_768
 CALIBRATION_ROWS = 50_000
 """Training rows that a type may calibrate its thresholds on."""
 
+
+Trainer = GradientTrainer | StreamTrainer
+"""What takes part in a sweep: one member, and all of its state."""
 
 Done = Callable[[int, Fitted], None]
 """Called with a member's place and what became of it, as soon as it is there."""
@@ -80,7 +84,7 @@ def fit(
     return [found[place] for place in range(n_members)]
 
 
-def _trainer(member: Member, store: Store, config: TrainConfig) -> GradientTrainer | Solver:
+def _trainer(member: Member, store: Store, config: TrainConfig) -> Trainer | Solver:
     if getattr(member.dictionary.config, "needs_grad", False) and (
         member.site not in store.grad_sites
     ):
@@ -98,12 +102,14 @@ def _trainer(member: Member, store: Store, config: TrainConfig) -> GradientTrain
     match member.dictionary:
         case GradientTrained():
             return GradientTrainer(member, store, config)
+        case Streamed():
+            return StreamTrainer(member, store, config)
         case Solved():
             return Solver(member, store, config)
         case other:
             raise ConfigError(
                 f"{member.name}: {type(other).__name__} cannot be trained: a trainable type "
-                "inherits GradientTrained or Solved"
+                "inherits GradientTrained, Streamed or Solved"
             )
 
 
@@ -124,7 +130,8 @@ class Sweep:
         self.clock = _Clock(config)
         for trainer in self.active.values():
             trainer.resume()
-        self.number = min((t.done for t in self.active.values()), default=0)
+        going = (t.done for t in self.active.values() if not t.is_full)
+        self.number = min(going, default=config.steps)
         """Steps taken."""
         _initialise(list(self.active.values()), store, config)
         places = dict.fromkeys((t.member.site, t.device) for t in self.active.values())
@@ -137,7 +144,11 @@ class Sweep:
         """Take the next step of every member; return whether a line of metrics was written."""
         logged = False
         for place, stream in self._streams.items():
-            here = [(i, t) for i, t in self.active.items() if place == (t.member.site, t.device)]
+            here = [
+                (i, t)
+                for i, t in self.active.items()
+                if place == (t.member.site, t.device) and not t.is_full
+            ]
             if not here:
                 continue
             with self.clock.spent("reading"):
@@ -150,7 +161,7 @@ class Sweep:
         self.clock.steps += 1
         return logged
 
-    def _advance(self, place: int, trainer: GradientTrainer, batch: Batch) -> bool:
+    def _advance(self, place: int, trainer: Trainer, batch: Batch) -> bool:
         try:
             with self.clock.stepped(place):
                 return trainer.step(batch)
@@ -158,12 +169,17 @@ class Sweep:
             self.stop(place, trainer, error)
             return False
 
-    def stop(self, place: int, trainer: GradientTrainer | Solver, error: NonFiniteError) -> None:
+    def stop(self, place: int, trainer: Trainer | Solver, error: NonFiniteError) -> None:
         """Let a member that diverged leave, with all that was written of it."""
         log.warning("%s It is stopped.", error)
         self.faults[place] = str(error)
         self.active.pop(place, None)
         trainer.discard()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no member takes another step: each is full, or has left."""
+        return all(trainer.is_full for trainer in self.active.values())
 
     def finish(self) -> Iterator[tuple[int, Fitted]]:
         """Yield each member's place and what became of it; the member leaves.
@@ -207,7 +223,7 @@ class Sweep:
 
 def _loop(sweep: Sweep, reports: list[Report], stop: threading.Event) -> None:
     steps = sweep.config.steps
-    while sweep.number < steps and sweep.active:
+    while sweep.number < steps and not sweep.is_full:
         logged = sweep.step()
         with sweep.clock.spent("logging"):
             if logged:
@@ -215,9 +231,10 @@ def _loop(sweep: Sweep, reports: list[Report], stop: threading.Event) -> None:
                 for report in reports:
                     report(info)
             due = sweep.number % sweep.config.checkpoint_steps == 0 or sweep.number == steps
+            due |= sweep.is_full
             if due or stop.is_set():
                 sweep.checkpoint()
-        if stop.is_set() and sweep.number < steps:
+        if stop.is_set() and sweep.number < steps and not sweep.is_full:
             raise Interrupted(
                 f"stopped after step {sweep.number} of {steps}, as asked. "
                 + _how_to_go_on(list(sweep.active.values()))
@@ -231,7 +248,7 @@ class _Calibration:
         self._sweep, self._site = sweep, site
         self._kept: list[Batch] | None = None
 
-    def batches(self, trainer: GradientTrainer) -> Iterator[Batch]:
+    def batches(self, trainer: Trainer) -> Iterator[Batch]:
         if self._kept is None:
             config = self._sweep.config
             stream = _stream(self._sweep.store, self._site, config, torch.device("cpu"), 0)
@@ -240,7 +257,7 @@ class _Calibration:
             yield _scaled(batch, 1.0, trainer.device)
 
 
-def _how_to_go_on(trainers: list[GradientTrainer]) -> str:
+def _how_to_go_on(trainers: list[Trainer]) -> str:
     if all(t.member.draft is not None for t in trainers):
         return "A checkpoint is written: run the same command to go on."
     return "Nothing was kept: this run had no folder for checkpoints."
@@ -265,7 +282,7 @@ def _scaled(batch: Batch, scale: float, device: torch.device) -> Batch:
     return replace(batch, x=x, y=y, grad=grad)
 
 
-def _initialise(trainers: list[GradientTrainer], store: Store, config: TrainConfig) -> None:
+def _initialise(trainers: list[Trainer], store: Store, config: TrainConfig) -> None:
     waiting = [t for t in trainers if t.needs_init]
     for site in dict.fromkeys(t.member.site for t in waiting):
         rows = max(1, min(SAMPLE_ROWS, store.n_kept(site, "train")))
@@ -335,7 +352,7 @@ class _Clock:
             "exact_scores_per_row": round(tally.per_row, 1),
         }
 
-    def info(self, step: int, trainers: list[GradientTrainer]) -> dict[str, Any]:
+    def info(self, step: int, trainers: list[Trainer]) -> dict[str, Any]:
         per_step = sum(self.seconds.values()) / max(self.steps, 1)
         return {
             "step": step,

@@ -25,6 +25,9 @@ from saelab.types import Batch
 class GradientTrainer:
     """One member in training, on inputs scaled to mean norm √d_in."""
 
+    is_full = False
+    """Whether it takes no more steps though the run goes on."""
+
     def __init__(self, member: Member, store: Store, config: TrainConfig) -> None:
         """Take a copy of the member's dictionary.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from saelab import dictionaries
 from saelab.dictionaries.base import BaseDictionary
 from saelab.errors import ShapeError
-from saelab.protocols import GradientTrained, Solved
+from saelab.protocols import GradientTrained, Solved, Streamed
 from saelab.types import Batch
 
 N = 40
@@ -32,6 +32,10 @@ def ready(name: str, seed: int = 0) -> BaseDictionary:
         while not state.done:
             state = dictionary.advance(store, state)
         dictionary.finish(state)
+    if isinstance(dictionary, Streamed):
+        rows = some_rows(dictionary.d_in, 2, 256)
+        dictionary.begin_(rows.mean(0), rows, len(rows))
+        dictionary.partial_fit(batch_of(rows))
     with torch.no_grad():
         for parameter in dictionary.parameters():
             if parameter.ndim == 1:

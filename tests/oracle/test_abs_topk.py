@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saelab.dictionaries import create
+from saelab.metrics.sparsity import Sparsity
 from saelab.ops.auxk import auxk_loss
 from saelab.types import Batch
 
@@ -59,6 +60,17 @@ def test_a_negative_latent_fires_and_learns():
     loss.total.backward()
     assert d.W_dec.grad[1].abs().sum() > 0
     assert d.W_dec.grad[[0, 2]].abs().sum() == 0
+
+
+def test_firings_of_opposite_sign_do_not_cancel():
+    x = torch.tensor([[3.0, -5.0, 1.0], [-3.0, 5.0, -1.0]])
+    loss = identity(1).loss(batch_of(x), 0.0, torch.zeros(3).bool())
+    assert set(loss.fired.tolist()) == {1}
+    assert loss.l0 == 1
+    metric = Sparsity(3)
+    metric.update(identity(2).encode_sparse(x), torch.zeros(2, dtype=torch.int64))
+    assert metric.counts.tolist() == [2, 2, 0]
+    assert metric.dead_share() == pytest.approx(1 / 3)
 
 
 def test_auxk_ranks_by_size_and_keeps_the_sign():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from doubles import planted_store
+from doubles import ArrayStore, planted_store
 
 from saelab import dictionaries
 from saelab.dictionaries import create
@@ -63,6 +63,26 @@ def test_a_fractional_k_keeps_the_whole_part_of_k_times_rows():
     assert float(loss.l0) == pytest.approx(68 / 50)
 
 
+def test_with_fewer_positive_values_than_places_only_those_fire():
+    x = -torch.ones(4, 3)
+    x[1] = torch.tensor([2.0, 1.0, 3.0])
+    for name in ("batch_topk", "mutual_choice"):
+        loss = identity(name, 3, 2).loss(batch_of(x), 0.0, torch.zeros(3).bool())
+        assert float(loss.l0) == 3 / 4
+        assert sorted(loss.fired.tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["topk", "abs_topk", *COUPLED])
+def test_ties_in_bfloat16_do_not_break_the_budget(name):
+    d = create({"type": name, "d_in": 4, "d_sae": 32, "k": 3})
+    with torch.no_grad():
+        d.W_enc.fill_(1)
+    x = 1 + torch.rand(50, 4, generator=torch.Generator().manual_seed(0)) / 1000
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = d.loss(batch_of(x), 0.0, torch.zeros(32).bool())
+    assert float(loss.l0) == 3
+
+
 def test_the_loss_and_its_gradients_are_those_of_the_dense_form():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 8, generator=generator).double()
@@ -89,6 +109,45 @@ def test_held_out_l0_of_a_trained_dictionary_is_near_k_and_training_lowers_the_e
     x = torch.cat([b.x for b in store.scan("site", batch=100, split="heldout")])
     l0 = (fitted.dictionary.encode(x) != 0).sum(-1).float().mean()
     assert float(l0) == pytest.approx(2, rel=0.15)
+
+
+@pytest.mark.parametrize("type_name", COUPLED)
+def test_the_l0_of_new_rows_is_within_a_twentieth_of_k(type_name):
+    store, _ = planted_store(n=20_000)
+    d = create({"type": type_name, "d_in": 16, "d_sae": 24, "k": 2})
+    config = TrainConfig(batch=256, tokens=256 * 60)
+    (fitted,) = fit([Member("a", d, "site", 1e-2)], store, config)
+    x = torch.cat([b.x for b in store.scan("site", batch=512, split="heldout")])
+    l0 = (fitted.dictionary.encode(x) != 0).sum(-1).float().mean()
+    assert float(l0) == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("type_name", [*COUPLED, "topk", "jump_relu", "matching_pursuit"])
+def test_calibration_moves_thresholds_and_nothing_else(type_name):
+    target = {"jump_relu": {"target_l0": 2}, "matching_pursuit": {"k": 6, "target_l0": 2}}
+    fields = target.get(type_name, {"k": 2})
+    if type_name == "topk":
+        fields["threshold"] = True
+    d = create({"type": type_name, "d_in": 8, "d_sae": 24} | fields)
+    x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+    d.init_(x, torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in d.state_dict().items()}
+    d.calibrate([batch_of(x)])
+    for name, tensor in d.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name != "threshold")
+
+
+def test_only_training_rows_set_thresholds():
+    base, _ = planted_store(n=1000)
+    heldout = torch.arange(1000) // 16 % 5 == 4
+    thresholds = []
+    for factor in (1.0, 50.0):
+        x = base.rows("site", torch.arange(1000)) * torch.where(heldout, factor, 1.0)[:, None]
+        d = create({"type": "batch_topk", "d_in": 16, "d_sae": 24, "k": 2})
+        config = TrainConfig(batch=64, tokens=64 * 5)
+        (fitted,) = fit([Member("a", d, "site", 1e-2)], ArrayStore({"site": x}), config)
+        thresholds.append(fitted.dictionary.threshold)
+    assert torch.equal(*thresholds)
 
 
 @pytest.mark.parametrize("type_name", COUPLED)
@@ -243,6 +302,45 @@ def test_aux_zipf_with_weights_one_on_dead_latents_and_zero_elsewhere_is_auxk():
     first, second = (m.loss(batch_of(x), 0.0, dead) for m in (d, auxk))
     assert second.terms["aux"] > 0
     assert torch.equal(first.total, second.total)
+
+
+def test_the_latent_that_fires_most_should_by_zipfs_law_fire_most():
+    d = create({"type": "mutual_choice", "d_in": 4, "d_sae": 4, "k": 1, "shift": 1})
+    d.density.copy_(torch.tensor([0.1, 0.4, 0.2, 0.3]))
+    law = torch.tensor([1 / 5, 1 / 2, 1 / 4, 1 / 3])
+    torch.testing.assert_close(d._expected_density(), law / law.sum())
+
+
+@pytest.mark.parametrize("name", ["mutual_choice", "feature_choice"])
+def test_aux_zipf_reaches_latents_below_the_law_and_nothing_else(name):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    d = create({"type": name, "d_in": 8, "d_sae": 24, "k": 3, "aux_k": 4})
+    d.init_(x, generator)
+    d.batches_seen.fill_(1)
+    below = torch.arange(24) % 4 == 1
+    d.density.copy_(torch.where(below, 0.01, 0.9))
+    grads = []
+    for weight in (0.0, 1.0):
+        same = create(d.config.model_copy(update={"aux_weight": weight}))
+        same.load_state_dict(d.state_dict())
+        same.loss(batch_of(x), 0.0, torch.zeros(24).bool()).total.backward()
+        grads.append({key: p.grad for key, p in same.named_parameters()})
+    without, with_aux = grads
+    assert torch.equal(without["b_dec"], with_aux["b_dec"])
+    for key in ("W_enc", "b_enc", "W_dec"):
+        assert torch.equal(without[key][~below], with_aux[key][~below])
+        assert not torch.equal(without[key][below], with_aux[key][below])
+
+
+def test_aux_zipf_ranks_by_lack_times_size():
+    d = identity("mutual_choice", 3, 0.75, aux_k=1, exponent=0)
+    d.batches_seen.fill_(1)
+    d.density.copy_(torch.tensor([0.25, 0.2, 0.05]))  # they lack none, 1/5 and 4/5 of 1/4
+    error = torch.tensor([[0.0, 3.0, 2.0], [0.0, -3.0, -2.0]])
+    x = torch.tensor([[9.0, 3.0, 2.0], [9.0, -1.0, -1.0]])
+    expected = (3**2 + 0.4**2 + 13) / 26
+    assert float(d._aux_zipf(x, error).detach()) == pytest.approx(expected)
 
 
 def test_aux_zipf_weights_what_under_used_latents_add_by_their_lack():

@@ -94,6 +94,22 @@ def test_only_the_direction_of_a_gradient_counts_and_folding_keeps_the_choice(sc
     torch.testing.assert_close(folded, z / 4)
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_a_gradient_and_its_opposite_choose_alike(score):
+    d, x, grad = ready(score=score)
+    z = d.encode_with_gradient(x, grad).dense()
+    assert torch.equal(d.encode_with_gradient(x, -grad).dense(), z)
+
+
+def test_the_product_is_the_limit_of_a_large_weight_of_the_effect():
+    product, x, grad = ready(score="product")
+    wanted = product.encode_with_gradient(x, grad).dense()
+    for beta, same in ((1e6, True), (1.0, False)):
+        d = create(product.config.model_copy(update={"score": "additive", "beta": beta}))
+        d.load_state_dict(product.state_dict())
+        assert torch.equal(d.encode_with_gradient(x, grad).dense(), wanted) == same
+
+
 def test_without_weight_of_the_effect_it_is_topk_to_the_bit():
     x = planted_store(n=1000)[0].rows("site", torch.arange(1000))
     store = ArrayStore({"site": x}, grads={"site": torch.sin(3 * x)})

@@ -148,6 +148,26 @@ def test_the_penalty_reaches_thresholds_only():
         assert torch.equal(grad, grads[1][name]) == (name != "threshold")
 
 
+@pytest.mark.parametrize("weight", [1e-12, 3.0])
+def test_gradients_of_the_loss_are_those_of_the_dense_form_where_the_kernel_sees_silent_units(
+    weight,
+):
+    d, x = started(aux_weight=0, sparsity_weight=weight)
+    d, x = d.double(), x[:300].double()
+    d.loss(batch_of(x), 1.0, torch.zeros(128).bool()).total.backward()
+    fast = {name: p.grad.clone() for name, p in d.named_parameters()}
+    d.zero_grad()
+    pre = (x - d.b_dec) @ d.W_enc.T + d.b_enc
+    z = jump.jump(pre, d.threshold, d.bandwidth)
+    l0 = jump.step(pre, d.threshold, d.bandwidth).sum() / len(x)
+    fvu = (x - z @ d.W_dec - d.b_dec).square().sum() / (len(x) * d.variance)
+    (fvu + weight * (l0 / 4 - 1) ** 2).backward()
+    for name, p in d.named_parameters():
+        torch.testing.assert_close(fast[name], p.grad)
+    silent = jump.kernel(pre, d.threshold, d.bandwidth) * (pre <= d.threshold)
+    assert silent.sum() > 100
+
+
 def test_the_loss_does_not_depend_on_the_unit_of_x():
     d, x = started()
     dead = torch.arange(128) < 2
@@ -177,6 +197,17 @@ def test_calibration_scales_thresholds_alike_until_the_l0_is_the_target(target):
     assert float((d.encode(x) != 0).sum() / len(x)) == pytest.approx(target, abs=1 / len(x))
     factors = d.threshold.detach() / before
     torch.testing.assert_close(factors, factors[:1].expand(len(factors)))
+
+
+@pytest.mark.parametrize(("d_sae", "factor"), [(8, 1.0), (128, 6.0)])
+def test_calibration_says_where_no_factor_reaches_the_target(d_sae, factor, caplog):
+    d, x = started(target=1.0, d_sae=d_sae)
+    with torch.no_grad():
+        d.threshold.mul_(0.0 if d_sae == 8 else factor)
+    before = d.threshold.detach().clone()
+    d.calibrate([batch_of(x)])
+    assert "no factor on the thresholds" in caplog.text
+    assert torch.equal(d.threshold, before)
 
 
 def test_a_threshold_moves_at_its_own_rate(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from saelab.errors import ConfigError
+from saelab.metrics.truth import overlap, overlaps
 from saelab.ops.tree import has_children, levels_of, strata
 from saelab.run_config import RunConfig
 from saelab.store.benchmark import (
@@ -70,6 +71,15 @@ def test_a_lone_child_is_compensated_exactly_for_its_gate():
     assert_close(achieved(q, torch.tensor([-1, 0, 1])), chain)
 
 
+def test_chains_of_parents_are_drawn_at_their_nominal_rates():
+    parents = torch.tensor([-1, 0, 1])
+    nominal = [0.5, 0.2, 0.05]
+    a = law(compensated(double(nominal), parents), parents.tolist()).draw(60_000, seeded()) > 0
+    for rate, want in zip(a.double().mean(0).tolist(), nominal, strict=True):
+        assert abs(rate - want) < 4 * math.sqrt(want * (1 - want) / 60_000)
+    assert not bool((a[:, 1:] & ~a[:, :-1]).any())
+
+
 @pytest.mark.parametrize(
     ("children", "raw", "result"),
     [
@@ -110,6 +120,9 @@ def test_parent_scaling_spreads_children_and_ties_them_to_the_parent():
     chain = law([1] * 4, [-1, 0, 1, 2]).draw(60_000, seeded())
     moment = float((chain[:, 3] / 5).square().mean())
     assert moment == pytest.approx(1.01**4, rel=0.01)
+    spread = (chain / 5).var(0)
+    wanted = torch.tensor([1.01**k - 1 for k in (1, 2, 3, 4)])
+    assert_close(spread, wanted, rtol=0.04, atol=0)
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.5])
@@ -121,11 +134,27 @@ def test_the_copula_keeps_marginals_and_gives_the_joint_of_its_latent_correlatio
     assert float(on.all(1).double().mean()) == pytest.approx(both, abs=0.0077)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1, 0.25])
+def test_marginals_do_not_depend_on_the_copulas_scale(scale):
+    q = [0.4, 0.1, 0.02] * 4
+    factor = torch.randn(12, 25, generator=seeded(1)) * scale
+    on = law(q, [-1] * 12, factor=factor).draw(40_000, seeded()) > 0
+    for rate, p in zip(on.double().mean(0).tolist(), q, strict=True):
+        assert abs(rate - p) < 4 * math.sqrt(p * (1 - p) / 40_000)
+
+
+def test_a_small_latent_correlation_shows_in_the_joint():
+    a = law([0.5, 0.5], [-1, -1], factor=torch.full((2, 1), math.sqrt(0.05)))
+    both = (a.draw(500_000, seeded()) > 0).all(1).double().mean()
+    assert float(both) == pytest.approx(0.25796, abs=4 * 0.00062)
+
+
 def test_factor_rows_leave_unit_variance_and_are_capped():
     loud = torch.randn(40, 25, generator=seeded()) * 0.25
     capped = law([0.1] * 40, [-1] * 40, factor=loud)
     square = capped.factor.square().sum(1)
     assert_close(square + capped.noise.square(), torch.ones(40))
+    assert float((square.double() + capped.noise.double().square() - 1).abs().max()) < 1e-6
     assert float(square.max()) <= 0.99 + 1e-6
     assert int((square > 0.989).sum()) >= 1
 
@@ -136,6 +165,10 @@ def test_zipf_frequencies_have_the_benchmarks_sums():
     assert float(p[:4096].sum()) == pytest.approx(40.117, abs=0.01)
     assert (float(p[0]), float(p[-1])) == (0.4, 5e-4)
     assert zipf(1, 0.4, 5e-4).tolist() == [0.4]
+    ranks = {1: 0.4, 2: 0.2821, 10: 0.1247, 100: 0.0376, 129: 0.0328, 641: 0.01326,
+             2689: 0.00512, 4096: 0.00365, 10881: 0.00121, 16384: 5e-4}  # fmt: skip
+    assert [float(p[i - 1]) for i in ranks] == pytest.approx(list(ranks.values()), rel=4e-3)
+    assert bool((p.diff() < 0).all())
 
 
 def test_trees_fill_levels_in_index_order():
@@ -158,17 +191,27 @@ def test_strata_tell_roots_levels_and_lone_features_apart():
 
 
 @pytest.mark.parametrize(
-    ("preset", "l0", "first_quarter"),
-    [("16k", 34.495, 25.168), ("mini", 7.26, 5.56), ("mini-matched", 5.67, 4.31),
-     ("mini-dense", 6.62, 4.86), ("ci", 3.35, 2.17)],
+    ("preset", "l0", "first_quarter", "levels"),
+    [("16k", 34.495, 25.168, (8.202, 7.324, 7.323, 7.129)),
+     ("mini", 7.26, 5.56, (1.70, 1.68, 1.68, 1.57)),
+     ("mini-matched", 5.67, 4.31, (1.32, 1.31, 1.30, 1.22)),
+     ("mini-dense", 6.62, 4.86, (1.52, 1.45, 1.45, 1.40)),
+     ("ci", 3.35, 2.17, (0.68, 0.68, 0.68, 0.66))],
 )  # fmt: skip
-def test_presets_have_the_l0_of_the_level_recursion(preset, l0, first_quarter):
+def test_presets_have_the_l0_of_the_level_recursion(preset, l0, first_quarter, levels):
     size = SIZES[preset]
     parents = forest(size.n, size.roots)
     q = compensated(zipf(size.n, size.p_max, size.p_min), parents)
     found = achieved_by_family(q, parents)
     assert float(found.sum()) == pytest.approx(l0, abs=0.006)
     assert float(found[: size.n // 4].sum()) == pytest.approx(first_quarter, abs=0.006)
+    level = levels_of(parents)
+    sums = [float(found[: size.roots].sum())]
+    sums += [float(found[level == depth].sum()) for depth in (1, 2, 3)]
+    assert sums == pytest.approx(levels, abs=6e-4 if preset == "16k" else 0.006)
+    clamped, largest = {"16k": (0, 0.915), "mini": (0, None), "ci": (12, 1)}.get(preset, (0, None))
+    assert int((q == 1).sum()) == clamped
+    assert largest is None or float(q.max()) == pytest.approx(largest, abs=5e-4)
 
 
 def achieved_by_family(q: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
@@ -187,11 +230,36 @@ def achieved_by_family(q: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def test_simulated_rows_of_the_ci_world_agree_with_the_recursion():
-    world = BenchmarkWorld(BenchmarkConfig(kind="benchmark", preset="ci", correlated=False))
+@pytest.mark.parametrize("correlated", [False, True])
+def test_simulated_rows_of_the_ci_world_agree_with_the_recursion(correlated):
+    world = BenchmarkWorld(BenchmarkConfig(kind="benchmark", preset="ci", correlated=correlated))
     a = torch.cat(list(world.codes(0, 20_000)))
     assert float((a > 0).sum(1).double().mean()) == pytest.approx(3.35, rel=0.015)
+    on, parents = a > 0, world.truth.parents
+    child = parents >= 0
+    assert not bool((on[:, child] & ~on[:, parents[child]]).any())
+    families = torch.zeros(len(a), 256).index_add_(1, parents[child], on[:, child].float())
+    assert int(families.max()) == 1
     assert_close(world.truth.bias.norm(), torch.tensor(0.5))
+
+
+def test_the_mini_world_has_the_benchmarks_magnitudes_correlations_and_overlaps():
+    world = BenchmarkWorld(BenchmarkConfig(kind="benchmark", preset="mini"))
+    law, W = world.law, world.truth.directions
+    assert (float(law.mu[0]), float(law.mu[-1])) == (5, 4)
+    assert_close(law.mu.diff(), torch.full((1023,), -1 / 1023), rtol=0, atol=1e-6)
+    assert float(law.sigma.mean()) == pytest.approx(0.583, abs=0.04)
+    assert float(law.sigma.square().mean()) == pytest.approx(0.5, abs=0.07)
+    correlation = law.factor @ law.factor.T
+    assert float(correlation.diagonal().mean()) == pytest.approx(0.25, rel=0.03)
+    off = correlation[~torch.eye(1024, dtype=torch.bool)]
+    assert float(off.square().mean().sqrt()) == pytest.approx(0.05, rel=0.03)
+    assert float(law.q.sum()) == pytest.approx(396, abs=0.5)
+    assert overlap(W) == pytest.approx(0.281, abs=0.003)
+    found = overlaps(W)
+    assert found["mean"] == pytest.approx(0.0662, abs=4e-4)
+    gram = (W @ W.T)[~torch.eye(1024, dtype=torch.bool)]
+    assert float(gram.square().mean().sqrt()) == pytest.approx(0.0829, abs=1e-4)
 
 
 def test_the_benchmark_without_trees_keeps_its_nominal_rates_and_with_shuffling_its_sizes():
@@ -254,6 +322,10 @@ def test_the_hierarchy_has_one_parent_exclusive_children_and_level_orthogonal_di
     pairs = gram[11:14, 11:14][~torch.eye(3, dtype=torch.bool)]
     assert_close(pairs, torch.full((6,), 0.3), rtol=0, atol=1e-4)
     assert float(a[on].mean()) == pytest.approx(1.5, abs=0.01)
+    assert float(a[on].std()) == pytest.approx(0.25, abs=0.006)
+    rates = double([0.2] * 3 + [0.05] * 8 + [0.04] * 9)
+    assert_close(on.double().mean(0), rates, rtol=0, atol=0.0114)
+    assert_close(on[:, 3:].double().mean(0), rates[3:], rtol=0, atol=0.0062)
 
 
 def test_constant_magnitudes_are_constant():

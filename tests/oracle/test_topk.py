@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from doubles import ArrayStore, planted_store
 
-from saelab.dictionaries import create
+from saelab.dictionaries import REGISTRY, config_class, create
 from saelab.errors import ConfigError
 from saelab.ops.auxk import auxk_loss
+from saelab.train.fit import Member, TrainConfig, fit
 from saelab.types import Batch
 
 
@@ -141,3 +143,16 @@ def test_threshold_inference_has_mean_l0_k_and_no_bound_per_row():
     assert torch.equal(d.encode_sparse(x[:50]).dense(), d.encode(x[:50]))
     folded = d.folded(10.0)
     torch.testing.assert_close(folded.encode(x / 10), d.encode(x) / 10, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(REGISTRY) - {"relu"}))
+def test_a_run_in_bfloat16_leaves_decoder_rows_at_unit_norm_in_float32(name, monkeypatch):
+    monkeypatch.setattr("saelab.train.fit.CALIBRATION_ROWS", 200)
+    x = planted_store(n=300, d=8, latents=12)[0].rows("site", torch.arange(300))
+    store = ArrayStore({"site": x}, grads={"site": torch.sin(3 * x)})
+    config = TrainConfig(batch=32, tokens=32 * 8, autocast="bfloat16")
+    d = create(config_class(name).example())
+    (fitted,) = fit([Member("a", d, "site", 1e-2)], store, config)
+    assert {p.dtype for p in fitted.dictionary.parameters()} == {torch.float32}
+    norms = fitted.dictionary.W_dec.detach().norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(24), atol=1e-6, rtol=0)

@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from saelab.metrics.trees import FEWEST_ALONE, Edges, hedging, latents_of, splitting
-from saelab.metrics.truth import assignment, cosines
+from saelab.metrics.truth import absorption, assignment, cosines, matched_children, matched_share
 from saelab.ops.linalg import unit_rows
+from saelab.store.hierarchy import HierarchyConfig, HierarchyWorld
 
 PARENTS = torch.tensor([-1, 0, 0])
 W = torch.eye(6)[:3]
@@ -56,6 +57,26 @@ def test_hedging_of_random_directions_is_zero_on_average():
         C = cosines(V, planted)
         found.append(hedging(C, assignment(C), parents))
     assert abs(sum(found) / 10) < 0.02
+
+
+def test_absorption_of_random_directions_is_zero_on_average_and_spreads_as_measured():
+    """A random dictionary scores −.003 ± .074: a score near 0 proves nothing by itself."""
+    truth = HierarchyWorld(HierarchyConfig(kind="hierarchy")).truth
+    found = []
+    for seed in range(150):
+        g = torch.Generator().manual_seed(seed)
+        C = cosines(torch.randn(20, 20, generator=g), truth.directions)
+        found.append(absorption(C, assignment(C), truth.parents))
+    scores = torch.tensor(found)
+    assert abs(float(scores.mean())) < 0.025
+    assert float(scores.std()) == pytest.approx(0.074, abs=0.015)
+
+
+def test_a_child_is_found_from_a_cosine_of_nine_tenths():
+    for cosine, share in ((0.89, 0.0), (0.91, 1.0)):
+        C = torch.tensor([[cosine, 0.0], [0.0, 0.99]])
+        assert matched_children(C, assignment(C), torch.tensor([1, -1])) == share
+        assert matched_share(C, assignment(C)) == (share + 1) / 2
 
 
 def test_splitting_counts_latents_per_feature_that_some_latent_points_at():

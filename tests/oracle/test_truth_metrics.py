@@ -227,6 +227,9 @@ def test_silence_scores_zero_and_is_dead():
     counts.update(torch.zeros_like(active), active)
     assert counts.scores() == {"precision": 0, "recall": 0, "f1": 0}
     assert counts.dead_share() == 1
+    counts.update(active & torch.tensor([True, True, False]), active)  # dead ones stay in the mean
+    assert counts.scores()["precision"] == pytest.approx(2 / 3)
+    assert counts.dead_share() == pytest.approx(1 / 3)
 
 
 def test_firing_agrees_with_a_loop_under_any_split():
