@@ -31,7 +31,7 @@ from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.harvest.online import OnlineStore
 from saelab.passes import Load
 from saelab.progress import Bar
-from saelab.protocols import Dictionary, Evaluator, LanguageModel, Store
+from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.stats import ResultRow
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
@@ -273,9 +273,11 @@ def training_load(member: int, site: str, config: dict[str, Any], settings: Trai
     with torch.device("meta"):
         dictionary = dictionaries.create(config)
     weights = 4 * sum(p.numel() for p in dictionary.parameters())
+    reading = BUFFER_BYTES + 2 * 4 * CALIBRATION_ROWS * dictionary.d_in
+    if isinstance(dictionary, Solved):
+        return Load(member, site, 2 * weights, dictionary.working_bytes, reading)
     step = _STEP_MATRICES * 4 * settings.batch * dictionary.d_sae
     checkpoint = 6 * weights
-    reading = BUFFER_BYTES + 2 * 4 * CALIBRATION_ROWS * dictionary.d_in
     return Load(member, site, 4 * weights, max(step, checkpoint), reading)
 
 
@@ -292,7 +294,9 @@ def train(
     with Bar("train", settings.steps, "steps") as bar:
         return fit_members(
             (_member(spec, device) for spec in specs), activations, settings, done=done,
-            report=lambda info: bar.update(info["step"], describe(info)),
+            report=lambda info: bar.update(
+                settings.steps * info["step"] // info["steps"], describe(info)
+            ),
         )  # fmt: skip
 
 

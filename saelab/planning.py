@@ -19,7 +19,7 @@ from saelab.members import Member
 from saelab.passes import check_memory, check_space
 from saelab.pipeline import Run
 from saelab.progress import Bar
-from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.protocols import Dictionary, LanguageModel, Solved, Store
 from saelab.report import human_bytes
 from saelab.run_config import RunConfig
 from saelab.stages import Step
@@ -112,7 +112,7 @@ class _Planner:
                 bar.update(done, self.run.members[i].name)
         memory = max(each.bytes for each in passes)
         sites = Counter((n, self._site(self.run.members[i])) for n, p in enumerate(passes)
-                        for i in p.members)  # fmt: skip
+                        for i in p.members if not self._is_solved(i))  # fmt: skip
         reading = sum(self._reading(site) for _, site in sites)
         what = f"{len(passes)} pass{'es' if len(passes) > 1 else ''}"
         return [*found, Cost("train: reading", what, reading, 0, memory)]
@@ -120,6 +120,10 @@ class _Planner:
     def _one_training(self, member: Member, train: Any) -> Cost:
         times, dictionary = self._times(member), self._create(member)
         disk = 20 * sum(p.numel() for p in dictionary.parameters())
+        if isinstance(dictionary, Solved):
+            spent = times.solving(dictionary, self._n_rows(), train)
+            what = f"at most {dictionary.most_iterations:,} iterations"
+            return Cost(f"train {_label(member)}", what, spent, disk, 0)
         what = f"{train.steps:,} steps of {train.batch:,} at {1000 * times.step:,.0f} ms"
         return Cost(f"train {_label(member)}", what, times.training(train), disk, 0)
 
@@ -207,6 +211,9 @@ class _Planner:
         )
 
     # -------------------------------------------------------------------------------- sizes
+
+    def _is_solved(self, member: int) -> bool:
+        return isinstance(self._create(self.run.members[member]), Solved)
 
     def _site(self, member: Member) -> str:
         return member.site or next(iter(self.widths))

@@ -463,15 +463,36 @@ class Streamed(ABC):
 
 
 class Solved(ABC):
-    """A type that is found by iterations over a whole store."""
+    """A type that is found by iterations over a whole store.
+
+    The store that it is given has one site, and rows that are float32 and scaled to mean norm √d.
+    """
+
+    @property
+    @abstractmethod
+    def most_iterations(self) -> int:
+        """How many iterations there may be."""
+
+    @property
+    @abstractmethod
+    def working_bytes(self) -> float:
+        """Most memory that a state takes, and an iteration beside it."""
+
+    @abstractmethod
+    def rows_read(self, n: int) -> int:
+        """Return how many of n training rows an iteration reads: all, or a minibatch."""
 
     @abstractmethod
     def start(self, store: Store, generator: torch.Generator) -> Any:
-        """Return the initial state."""
+        """Return the initial state; `train.trainee.SolverState` says what it offers."""
 
     @abstractmethod
     def advance(self, store: Store, state: Any) -> Any:
         """Return the next state."""
+
+    @abstractmethod
+    def restore(self, store: Store, tensors: Mapping[str, Tensor]) -> Any:
+        """Return the state that gave these tensors."""
 
     @abstractmethod
     def finish(self, state: Any) -> None:

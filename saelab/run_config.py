@@ -19,6 +19,7 @@ from saelab.harvest.harvest import HarvestConfig
 from saelab.members import Member, expand
 from saelab.store.synthetic import SyntheticConfig
 from saelab.train.fit import TrainConfig
+from saelab.types import holds_neurons
 
 
 class ModelConfig(Config):
@@ -133,6 +134,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     for member in config.members():
         _check_site(config, member)
         _check_gradient(config, member)
+        _check_neurons(config, member)
     if config.evaluate is not None and config.corpus is not None and config.corpus.holdout == 0:
         raise ConfigError("evaluate needs held-out documents; set corpus.holdout above 0, say 0.1")
     return config
@@ -163,6 +165,18 @@ def _check_gradient(config: RunConfig, member: Member) -> None:
             remedy = "set harvest.gradient to sampled or data"
         raise ConfigError(
             f"{member.where}: {own.type} is trained on the gradients of the model's loss; {remedy}"
+        )
+
+
+def _check_neurons(config: RunConfig, member: Member) -> None:
+    """Raise ConfigError if a member groups neurons, and its site will have none."""
+    if config.harvest is None or not config_class(member.fields["type"]).needs_neurons:
+        return
+    site = member.site or config.harvest.sites[0]
+    if not holds_neurons(site):
+        raise ConfigError(
+            f"{member.where}: {member.fields['type']} groups an MLP's neurons, but {site!r} has "
+            "none; harvest the input of a W_out, blocks.N.mlp.hook_post, and name it as `site`"
         )
 
 

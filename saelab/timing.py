@@ -17,10 +17,11 @@ from saelab import api, artifacts
 from saelab.evals.core import CoreConfig
 from saelab.evals.downstream import ablate_to, measure_splices
 from saelab.evals.encoders import PursuitEncoder
-from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.protocols import Dictionary, LanguageModel, Solved, Store
 from saelab.store.flat import FlatConfig, FlatWorld
 from saelab.store.reader import BUFFER_BYTES
 from saelab.train.fit import CALIBRATION_ROWS, SAMPLE_ROWS, Member, Sweep, TrainConfig
+from saelab.train.solve import Solver
 from saelab.types import Window
 
 _WARM_STEPS = 2
@@ -42,11 +43,23 @@ class MemberTime:
     """Initialising, calibrating and saving."""
     code: float
     """Coding one row, and decoding it."""
+    rows: int = 0
+    """Rows that a step read in the probe, of a member that is solved."""
 
     def training(self, train: TrainConfig) -> float:
         """Return what the member adds to a whole run."""
         n_checkpoints = -(-train.steps // train.checkpoint_steps)
         return train.steps * self.step + n_checkpoints * self.checkpoint + self.once
+
+    def solving(self, dictionary: Solved, n_rows: int, train: TrainConfig) -> float:
+        """Return what solving takes at most on n rows; minibatches are coded, row by row."""
+        reads = dictionary.rows_read(n_rows)
+        each = self.step * reads / self.rows if reads == n_rows else self.code * reads
+        return (
+            dictionary.most_iterations * each
+            + self.checkpoint / train.checkpoint_every
+            + (self.once)
+        )
 
 
 @dataclass(frozen=True)
@@ -72,13 +85,14 @@ def time_member(
     dictionary: Dictionary, store: Store, train: TrainConfig, lr: float | None
 ) -> MemberTime:
     """Train a member for a few steps, as at the start of its run, and finish it."""
-    site = store.sites[0]
     with (
         tempfile.TemporaryDirectory() as folder,
         artifacts.open_draft(Path(folder), "dictionary", "probe", "0" * 64) as draft,
     ):
+        member = Member("probe", dictionary, store.sites[0], lr=lr, draft=draft)
+        if isinstance(dictionary, Solved):
+            return _time_solved(member, store, train)
         started = time.perf_counter()
-        member = Member("probe", dictionary, site, lr=lr, draft=draft)
         sweep = Sweep([member], store, train.model_copy(update={"log_every": 1, "wandb": None}))
         once = time.perf_counter() - started
         taken: list[float] = []
@@ -93,13 +107,31 @@ def time_member(
     trained = fitted.dictionary
     if trained.d_sae < dictionary.d_sae:  # it grows: time it at its full width
         trained = dictionary
-    x = next(store.scan(site, batch=_ROWS)).x.to(trained.W_dec.device)
-    with torch.no_grad():
-        code = seconds(lambda: trained.decode(trained.encode_sparse(x))) / len(x)
-    step = statistics.median(taken[_WARM_STEPS:])
+    code, step = _time_coding(trained, store), statistics.median(taken[_WARM_STEPS:])
     if trained is dictionary:
         step = max(step, train.batch * code)
     return MemberTime(step, checkpoint, once, code)
+
+
+def _time_solved(member: Member, store: Store, train: TrainConfig) -> MemberTime:
+    """Do as `time_member` for a type that is solved: a few iterations, then the end."""
+    solver = Solver(member, store, train.model_copy(update={"log_every": 1}))
+    once, taken = seconds(solver.begin, repeats=1), []
+    while len(taken) < _WARM_STEPS + 2 or (len(taken) < _STEPS and sum(taken) < _SECONDS):
+        taken.append(seconds(solver.step, repeats=1))
+    checkpoint = seconds(solver.checkpoint, repeats=1)
+    started = time.perf_counter()
+    fitted = solver.finish()
+    once += time.perf_counter() - started
+    each, code = statistics.median(taken[_WARM_STEPS:]), _time_coding(fitted.dictionary, store)
+    return MemberTime(each, checkpoint, once, code, solver.reads)
+
+
+def _time_coding(dictionary: Dictionary, store: Store) -> float:
+    """Return the seconds that coding a row takes, and decoding it."""
+    x = next(store.scan(store.sites[0], batch=_ROWS)).x.to(dictionary.W_dec.device)
+    with torch.no_grad():
+        return seconds(lambda: dictionary.decode(dictionary.encode_sparse(x))) / len(x)
 
 
 def time_reading(store: Store, site: str, train: TrainConfig) -> float:

@@ -29,6 +29,11 @@ def is_heldout(sha256: str, holdout: float) -> bool:
     return int(sha256[:8], 16) / 2**32 < holdout
 
 
+def holds_neurons(site: str) -> bool:
+    """Whether the coordinates of a model's site are an MLP's neurons: the input of its W_out."""
+    return site.endswith("mlp.hook_post")
+
+
 def grad_dtype(stored: str) -> str:
     """Return the dtype of the gradients that lie beside rows stored in a dtype; never float16.
 

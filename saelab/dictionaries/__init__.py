@@ -16,6 +16,7 @@ from saelab.dictionaries.matching_pursuit import MatchingPursuit
 from saelab.dictionaries.matryoshka import Matryoshka
 from saelab.dictionaries.mutual_choice import MutualChoice
 from saelab.dictionaries.relu import ReLU
+from saelab.dictionaries.semi_nmf import SemiNMF
 from saelab.dictionaries.supervised import Supervised
 from saelab.dictionaries.topk import TopK
 from saelab.errors import ConfigError, nearest
@@ -32,6 +33,7 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "itda": ITDA,
     "jump_relu": JumpReLU,
     "relu": ReLU,
+    "semi_nmf": SemiNMF,
     "supervised": Supervised,
     "topk": TopK,
 }

@@ -18,7 +18,7 @@ Sparse Autoencoders for Interpretability and Control, arXiv 2405.08366.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,8 @@ _DOCUMENTS = 10_000
 
 class SupervisedConfig(DictionaryConfig):
     """Directions of the labels of a corpus; `d_sae` is the number of labels."""
+
+    has_lr: ClassVar[bool] = False
 
     type: Literal["supervised"] = "supervised"
     """Name in the registry."""

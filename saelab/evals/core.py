@@ -28,7 +28,7 @@ from saelab.evals.encoders import OwnEncoder, PursuitEncoder
 from saelab.evals.gradients import KINDS, live_arms, stored_arm
 from saelab.evals.sample import sample_rows, sample_windows, thinned
 from saelab.metrics.reconstruction import MEDIAN, MEDIAN_UNIT, MEDIAN_VERSION, Reconstruction
-from saelab.metrics.sparsity import Sparsity, density_histogram
+from saelab.metrics.sparsity import Sparsity, counted, density_histogram
 from saelab.metrics.sums import Accumulator, Definition
 from saelab.ops.pursuit import Refit, Sign
 from saelab.protocols import Dictionary, LanguageModel, Store
@@ -91,6 +91,8 @@ class _Scores:
     """Part of the rows that it is given, evenly spaced."""
     reconstruction: Reconstruction
     sparsity: Sparsity | None = None
+    floor: float = 0.0
+    """Share of a row's largest code below which a code is not counted."""
     seen: int = 0
     n: int = 0
     key: Hashable = None
@@ -105,7 +107,7 @@ class _Scores:
         x_hat, z = self.arm(batch)
         self.reconstruction.update(batch.y, x_hat, batch.documents)
         if z is not None:
-            self.sparsity = self.sparsity or Sparsity(z.d_sae)
+            self.sparsity = self.sparsity or Sparsity(z.d_sae, floor=self.floor)
             self.sparsity.update(z, batch.documents)
         self.n += len(batch)
 
@@ -194,7 +196,8 @@ class CoreEvaluator:
         if given:
             return given
         batch = next(self._rows(store, site))
-        return max(1, round(float(OwnEncoder(dictionary)(batch).l0().double().mean())))
+        z = OwnEncoder(dictionary)(batch)
+        return max(1, round(float(counted(z, _l0_floor(dictionary)).sum()) / z.n_rows))
 
     def _rows(self, store: Store, site: str) -> Iterator[Batch]:
         config = self.config
@@ -208,6 +211,7 @@ class CoreEvaluator:
         dictionary, k, n_atoms = scene.dictionary, scene.k, scene.dictionary.d_sae
         own = DictionaryArm("dictionary", dictionary, OwnEncoder(dictionary))
         found = [self._scores(scene, own, 1.0)]
+        found[0].floor = _l0_floor(dictionary)
         if config.pursuit_rows:
             encoder = PursuitEncoder(dictionary, k, sign=config.sign, refit=config.refit)
             share = min(1.0, config.pursuit_rows / min(config.rows, store.n_kept(site, "heldout")))
@@ -361,6 +365,11 @@ class CoreEvaluator:
         error = error_over_documents(part.sums.table, definition.of, **self._resampling())
         name, unit, version = definition.name, definition.unit, definition.version
         return ResultRow(name, value, unit, n, error, version, arm, encoder)
+
+
+def _l0_floor(dictionary: Dictionary) -> float:
+    """Return from which share of a row's largest on a value counts: 0 unless the type says so."""
+    return getattr(dictionary, "l0_floor", 0.0)
 
 
 def _usage_rows(scores: _Scores) -> Iterator[ResultRow]:

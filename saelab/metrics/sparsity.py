@@ -1,10 +1,14 @@
-"""How sparse codes are and how evenly latents are used; a latent fires where z ≠ 0."""
+"""How sparse codes are and how evenly latents are used; a latent fires where z ≠ 0.
+
+Codes without a budget, such as non-negative least squares, have many values next to nothing: their
+type may say from which share of the row's largest on a value counts (`l0_floor`).
+"""
 
 import math
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.metrics.sums import Accumulator, Definition, DocumentSums
@@ -24,8 +28,10 @@ _N, _L0, _CHOICE = range(3)
 class Sparsity(Accumulator):
     """Mean L0, description length, and how often each latent fires."""
 
-    def __init__(self, d_sae: int, value_bits: int = VALUE_BITS) -> None:
-        """Start with no rows of codes over `d_sae` latents."""
+    def __init__(self, d_sae: int, value_bits: int = VALUE_BITS, floor: float = 0.0) -> None:
+        """Start with no rows of codes over `d_sae` latents; values below `floor` times their row's
+        largest count as 0."""
+        self.floor = floor
         self.d_sae = d_sae
         self.value_bits = value_bits
         self.signed = False
@@ -51,7 +57,7 @@ class Sparsity(Accumulator):
 
     def update(self, z: SparseLatents, documents: Int[Tensor, " n"]) -> None:
         """Take in the codes of some rows; stored zeros do not count."""
-        fires = z.values != 0
+        fires = counted(z, self.floor)
         l0 = torch.bincount(z.rows()[fires], minlength=z.n_rows).cpu().double()
         self.counts += torch.bincount(z.indices[fires].cpu().long(), minlength=self.d_sae)
         self.signed |= bool((z.values < 0).any())
@@ -74,6 +80,15 @@ class Sparsity(Accumulator):
     def dense_share(self) -> float:
         """Return the share of latents with density above `DENSE`."""
         return float((self.density() > DENSE).double().mean())
+
+
+def counted(z: SparseLatents, floor: float) -> Bool[Tensor, " nnz"]:
+    """Return which values fire: not 0, and at least `floor` times the largest of their row."""
+    size, rows = z.values.abs(), z.rows()
+    if floor == 0 or not len(size):
+        return size > 0
+    largest = size.new_zeros(z.n_rows).scatter_reduce(0, rows, size, "amax")
+    return (size > 0) & (size >= floor * largest[rows])
 
 
 def log2_choose(n: int, k: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

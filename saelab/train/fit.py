@@ -19,14 +19,15 @@ from typing import Any
 import torch
 
 from saelab import kernels
-from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError
+from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError, SiteError
 from saelab.ops.select import tally
-from saelab.protocols import GradientTrained, Store, Streamed
+from saelab.protocols import GradientTrained, Solved, Store, Streamed
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import GradientTrainer, input_scale
+from saelab.train.solve import Solver, solve
 from saelab.train.streaming import StreamTrainer
 from saelab.train.wandb_log import WandbLog
-from saelab.types import Batch
+from saelab.types import Batch, holds_neurons
 
 __all__ = ["Done", "Fitted", "Member", "Report", "Sweep", "TrainConfig", "fit"]
 
@@ -58,31 +59,32 @@ def fit(
 ) -> list[Fitted]:
     """Train all members in one pass over the store; return them in order, for raw activations.
 
-    A member with a draft goes on from its last checkpoint, bit for bit. SIGINT and SIGTERM let the
-    step end, write a checkpoint and raise Interrupted. A member whose loss or gradient is no longer
-    finite is stopped, and its draft emptied; the others go on, `done` is called with each of them,
-    and at the end DivergedError says which were stopped.
+    Members that are solved come after it, one by one: each reads the store as it needs. A member
+    with a draft goes on from its last checkpoint, bit for bit. SIGINT and SIGTERM let the step end,
+    write a checkpoint and raise Interrupted. A member whose loss or gradient is no longer finite is
+    stopped, and its draft emptied; the others go on, `done` is called with each of them, and at the
+    end DivergedError says which were stopped.
     """
     sweep = Sweep(members, store, config)
-    n_members = len(sweep.active)
+    n_members = len(sweep.active) + len(sweep.solvers)
     if n_members == 0:
         return []
     reports = [report] if report else []
     if config.wandb:
         reports.append(WandbLog(config.wandb, config.plain()))
+    found: dict[int, Fitted] = {}
     with _stop_on_signals() as stop:
         _loop(sweep, reports, stop)
-    found: dict[int, Fitted] = {}
-    for place, fitted in sweep.finish():
-        found[place] = fitted
-        if done is not None:
-            done(place, fitted)
+        for place, fitted in itertools.chain(sweep.finish(), sweep.solve(reports, stop)):
+            found[place] = fitted
+            if done is not None:
+                done(place, fitted)
     if sweep.faults:
         raise DivergedError(sweep.faults, n_members)
     return [found[place] for place in range(n_members)]
 
 
-def _trainer(member: Member, store: Store, config: TrainConfig) -> Trainer:
+def _trainer(member: Member, store: Store, config: TrainConfig) -> Trainer | Solver:
     if getattr(member.dictionary.config, "needs_grad", False) and (
         member.site not in store.grad_sites
     ):
@@ -90,15 +92,24 @@ def _trainer(member: Member, store: Store, config: TrainConfig) -> Trainer:
             f"{member.name} is trained on the gradients of the model's loss, but the store holds "
             f"none at {member.site}; harvest it with harvest.gradient: sampled, or data"
         )
+    if getattr(member.dictionary.config, "needs_neurons", False) and (
+        store.model_name is not None and not holds_neurons(member.site)
+    ):
+        raise SiteError(
+            f"{member.name}: {member.dictionary.config.type} groups an MLP's neurons, but "
+            f"{member.site!r} has none; harvest the input of a W_out, blocks.N.mlp.hook_post"
+        )
     match member.dictionary:
         case GradientTrained():
             return GradientTrainer(member, store, config)
         case Streamed():
             return StreamTrainer(member, store, config)
+        case Solved():
+            return Solver(member, store, config)
         case other:
             raise ConfigError(
                 f"{member.name}: {type(other).__name__} cannot be trained: a trainable type "
-                "inherits GradientTrained or Streamed"
+                "inherits GradientTrained, Streamed or Solved"
             )
 
 
@@ -109,8 +120,11 @@ class Sweep:
         """Take up each member's checkpoint or initialise it; open one stream per site."""
         self.store = store
         self.config = config
-        self.active = {i: _trainer(member, store, config) for i, member in enumerate(members)}
+        made = {i: _trainer(member, store, config) for i, member in enumerate(members)}
+        self.active = {i: t for i, t in made.items() if not isinstance(t, Solver)}
         """The members in training, by their place; one that diverges or is finished leaves."""
+        self.solvers = {i: t for i, t in made.items() if isinstance(t, Solver)}
+        """The members that are solved afterwards."""
         self.faults: dict[int, str] = {}
         """By place, what is to be said of a member that diverged."""
         self.clock = _Clock(config)
@@ -155,7 +169,7 @@ class Sweep:
             self.stop(place, trainer, error)
             return False
 
-    def stop(self, place: int, trainer: Trainer, error: NonFiniteError) -> None:
+    def stop(self, place: int, trainer: Trainer | Solver, error: NonFiniteError) -> None:
         """Let a member that diverged leave, with all that was written of it."""
         log.warning("%s It is stopped.", error)
         self.faults[place] = str(error)
@@ -185,6 +199,17 @@ class Sweep:
                 provenance = {"resumed_at": trainer.resumed_at, **times, **self.clock.summary()}
                 del trainer  # its optimiser's memory is free before the next one finishes
                 yield place, replace(fitted, provenance=provenance)
+
+    def solve(self, reports: list[Report], stop: threading.Event) -> Iterator[tuple[int, Fitted]]:
+        """Yield each solved member's place and what became of it, one after the other."""
+        for place in list(self.solvers):
+            solver = self.solvers.pop(place)  # its rows are free before the next one starts
+            try:
+                fitted = solve(solver, reports, stop)
+            except NonFiniteError as error:
+                self.stop(place, solver, error)
+                continue
+            yield place, fitted
 
     def checkpoint(self) -> None:
         """Write the state of every member."""

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles import ArrayStore
 from torch import Tensor
 
 from saelab import dictionaries
 from saelab.dictionaries.base import BaseDictionary
 from saelab.errors import ShapeError
-from saelab.protocols import GradientTrained, Streamed
+from saelab.protocols import GradientTrained, Solved, Streamed
 from saelab.types import Batch
 
 N = 40
@@ -20,11 +21,17 @@ def some_rows(d_in: int, seed: int = 1, n: int = N) -> Tensor:
 
 
 def ready(name: str, seed: int = 0) -> BaseDictionary:
-    """Return a dictionary as after some training: initialised, biases moved, calibrated."""
+    """Return a dictionary as after training: initialised or solved, biases moved, calibrated."""
     dictionary = dictionaries.create(dictionaries.config_class(name).example())
     generator = torch.Generator().manual_seed(seed)
     if isinstance(dictionary, GradientTrained):
         dictionary.init_(some_rows(dictionary.d_in, 2, 256), generator)
+    if isinstance(dictionary, Solved):
+        store = ArrayStore({"site": some_rows(dictionary.d_in, 2, 256)})
+        state = dictionary.start(store, generator)
+        while not state.done:
+            state = dictionary.advance(store, state)
+        dictionary.finish(state)
     if isinstance(dictionary, Streamed):
         rows = some_rows(dictionary.d_in, 2, 256)
         dictionary.begin_(rows.mean(0), rows, len(rows))

@@ -1,4 +1,6 @@
-"""Every type that is trained on a stream of batches: company and interruption change no bit."""
+"""Every type of the registry that can be trained: company and interruption change no bit."""
+
+import json
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from doubles import ArrayStore, planted_store
 
 from saelab import artifacts, dictionaries
 from saelab.dictionaries import REGISTRY
-from saelab.protocols import GradientTrained, Streamed
+from saelab.protocols import GradientTrained, Solved, Streamed
 from saelab.train.fit import Member, TrainConfig, fit
 
 CONFIG = TrainConfig(batch=32, tokens=32 * 12, log_every=1, checkpoint_every=0.2, dead_window=64)
@@ -17,6 +19,7 @@ RESAMPLED = TrainConfig(
 CONFIGS = pytest.mark.parametrize("config", [CONFIG, RESAMPLED], ids=["plain", "resampled"])
 KINDS = (GradientTrained, Streamed)
 TRAINED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, KINDS))
+SOLVED = sorted(name for name, kind in REGISTRY.items() if issubclass(kind, Solved))
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,7 @@ def store() -> ArrayStore:
 
 @CONFIGS
 def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store, config):
-    sweep = [member(name, seed) for seed, name in enumerate(TRAINED)]
+    sweep = [member(name, seed) for seed, name in enumerate(TRAINED + SOLVED)]
     for one, fitted in zip(sweep, fit(sweep, store, config), strict=True):
         (alone,) = fit([one], store, config)
         resampled = config is RESAMPLED and isinstance(one.dictionary, GradientTrained)
@@ -53,7 +56,7 @@ def test_members_of_all_types_in_one_sweep_are_those_of_their_solo_runs(store, c
 
 
 @CONFIGS
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", TRAINED + SOLVED)
 def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
     name, config, store, tmp_path
 ):
@@ -70,7 +73,9 @@ def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
         return [(folder / file).read_bytes() for file in names]
 
     expected = files(tmp_path / "whole", None)
-    for stop_at in (5, 9):
+    assert files(tmp_path / "again", None) == expected
+    steps = [json.loads(line)["step"] for line in expected[2].splitlines()]
+    for stop_at in (steps[len(steps) // 3], steps[2 * len(steps) // 3]):
         with pytest.raises(_Stop):
             files(tmp_path / "torn", stop_at)
     assert files(tmp_path / "torn", None) == expected

@@ -125,6 +125,18 @@ def sparsity(z: torch.Tensor) -> Sparsity:
     return metric
 
 
+def test_values_below_a_share_of_the_rows_largest_count_as_zero_where_a_type_says_so():
+    z = torch.tensor([[1.0, 0.0099, 0.01], [0.0, 0.0, 0.0], [-2.0, 0.1, 0.0], [1e-6, 0.0, 0.0]])
+    exact, floored = Sparsity(3), Sparsity(3, floor=0.01)
+    for metric in (exact, floored):
+        for rows in (slice(0, 2), slice(2, 4)):
+            metric.update(SparseLatents.from_dense(z[rows]), torch.arange(4)[rows])
+    assert exact.compute()["l0"] == 6 / 4
+    assert floored.compute()["l0"] == 5 / 4
+    assert exact.counts.tolist() == [3, 2, 1]
+    assert floored.counts.tolist() == [3, 1, 1]
+
+
 def test_l0_and_dead_share_at_both_ends():
     silent, loud = sparsity(torch.zeros(5, 8)), sparsity(torch.ones(5, 8))
     assert silent.compute()["l0"] == 0
