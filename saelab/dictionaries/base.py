@@ -29,6 +29,8 @@ class DictionaryConfig(Config):
     """Whether the type is trained on `Batch.grad`: the store must hold gradients of its site."""
     needs_neurons: ClassVar[bool] = False
     """Whether coordinates must be neurons: of a model's sites only the input of an MLP's W_out."""
+    needs_labels: ClassVar[bool] = False
+    """Whether the documents must have labels."""
     has_lr: ClassVar[bool] = True
     """Whether the type is trained with a learning rate; if not, a member may not give one."""
 

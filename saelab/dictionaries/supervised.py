@@ -42,6 +42,7 @@ class SupervisedConfig(DictionaryConfig):
     """Directions of the labels of a corpus; `d_sae` is the number of labels."""
 
     has_lr: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True
 
     type: Literal["supervised"] = "supervised"
     """Name in the registry."""
@@ -106,7 +107,7 @@ class Supervised(BaseDictionary, Solved):
     @property
     def working_bytes(self) -> float:
         """Memory of the pooled sums of ten thousand documents."""
-        return 16 * _DOCUMENTS * self.d_in
+        return 16.0 * _DOCUMENTS * self.d_in
 
     def rows_read(self, n: int) -> int:
         """Return n: every training row is read, once."""

@@ -7,7 +7,7 @@ from rich.console import Console
 from test_line import toy
 
 import saelab
-from saelab import artifacts, leaderboard, report
+from saelab import artifacts, leaderboard, pipeline, planning, report
 from saelab.errors import ConfigError
 
 EVALUATE = {
@@ -29,18 +29,24 @@ def shown(what):
 def results(tmp_path_factory):
     """The results of two dictionaries on the toy's four topics."""
     root = tmp_path_factory.mktemp("labelled")
-    members = [{"type": "topk", "d_sae": 48, "k": 4}, {"type": "abs_topk", "d_sae": 24, "k": 4}]
+    members = [
+        {"type": "topk", "d_sae": 48, "k": 4},
+        {"type": "abs_topk", "d_sae": 24, "k": 4},
+        {"type": "supervised", "d_sae": 4, "per_label": 4},
+    ]
     config = toy(root / "out", corpus=LABELLED, evaluate=EVALUATE, dictionaries=members)
     del config["index"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAELAB_CACHE", str(root / "cache"))
+        planned = shown(planning.plan(pipeline.load_config(config)))
+        assert "train supervised 4" in planned
         saelab.run(config)
         yield [path for path, _ in artifacts.find_all(root / "out", "results")], root / "out"
 
 
 def test_topics_are_told_from_activations_and_words(results):
     paths, _ = results
-    assert len(paths) == 2
+    assert len(paths) == 3
     for path in paths:
         cells = {(row["arm"], row["name"]): row for row in report.read_rows(path)}
         assert cells["corpus", "probing_labels"]["value"] == 4
@@ -52,7 +58,7 @@ def test_topics_are_told_from_activations_and_words(results):
 
 
 def test_controls_are_the_same_for_every_dictionary(results):
-    first, second = (
+    first, *others = (
         {
             row["name"]: (row["value"], row["standard_error"])
             for row in report.read_rows(path)
@@ -61,7 +67,8 @@ def test_controls_are_the_same_for_every_dictionary(results):
         for path in results[0]
         for arm in ("raw",)
     )
-    assert first == second
+    assert first
+    assert all(other == first for other in others)
 
 
 def test_the_scorecard_and_the_ranking_show_them(results):
