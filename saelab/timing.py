@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from saelab import api, artifacts
+from saelab.dictionaries.penalty import PenalisedDictionary
 from saelab.evals.core import CoreConfig
 from saelab.evals.downstream import ablate_to, measure_splices
 from saelab.evals.encoders import PursuitEncoder
@@ -84,7 +85,10 @@ class SpliceTime:
 def time_member(
     dictionary: Dictionary, store: Store, train: TrainConfig, lr: float | None
 ) -> MemberTime:
-    """Train a member for a few steps, as at the start of its run, and finish it."""
+    """Train a member for a few steps and finish it.
+
+    As at the start of its run; types whose codes become sparse only then, for a while as later.
+    """
     if getattr(dictionary.config, "needs_labels", False):
         return _time_labelled(dictionary, store)
     with (
@@ -97,11 +101,10 @@ def time_member(
         started = time.perf_counter()
         sweep = Sweep([member], store, train.model_copy(update={"log_every": 1, "wandb": None}))
         once = time.perf_counter() - started
-        taken: list[float] = []
-        while len(taken) < _WARM_STEPS + 2 or (len(taken) < _STEPS and sum(taken) < _SECONDS):
-            before = sweep.clock.seconds["stepping"]
-            sweep.step()
-            taken.append(sweep.clock.seconds["stepping"] - before)
+        step = _time_steps(sweep)
+        share = _make_sparse_(sweep, store)
+        if share is not None:
+            step = (1 - share) * step + share * _time_steps(sweep)
         checkpoint = seconds(sweep.checkpoint, repeats=1)
         started = time.perf_counter()
         [(_, fitted)] = sweep.finish()
@@ -109,10 +112,38 @@ def time_member(
     trained = fitted.dictionary
     if trained.d_sae < dictionary.d_sae:  # it grows: time it at its full width
         trained = dictionary
-    code, step = _time_coding(trained, store), statistics.median(taken[_WARM_STEPS:])
+    code = _time_coding(trained, store)
     if trained is dictionary:
         step = max(step, train.batch * code)
     return MemberTime(step, checkpoint, once, code)
+
+
+def _time_steps(sweep: Sweep) -> float:
+    """Return the seconds of one step, reading left out."""
+    taken: list[float] = []
+    while len(taken) < _WARM_STEPS + 2 or (len(taken) < _STEPS and sum(taken) < _SECONDS):
+        before = sweep.clock.seconds["stepping"]
+        sweep.step()
+        taken.append(sweep.clock.seconds["stepping"] - before)
+    return statistics.median(taken[_WARM_STEPS:])
+
+
+@torch.no_grad()
+def _make_sparse_(sweep: Sweep, store: Store) -> float | None:
+    """Lower a penalised member's biases until its mean L0 is the target.
+
+    Return the share of a run in which it is: what is left when the penalty has risen. None for
+    other types, whose codes are as sparse at the start.
+    """
+    [trainer] = sweep.active.values()
+    dictionary = getattr(trainer, "dictionary", None)
+    if not isinstance(dictionary, PenalisedDictionary) or dictionary.target_l0 is None:
+        return None
+    x = next(store.scan(store.sites[0], batch=_ROWS)).x.to(dictionary.W_dec) * trainer.scale
+    z = dictionary.encode(x).flatten()
+    kept = min(round(dictionary.target_l0 * len(x)), len(z))
+    dictionary.b_enc.sub_(z.topk(kept).values[-1])
+    return 1 - dictionary.sparsity_warmup
 
 
 def _time_solved(member: Member, store: Store, train: TrainConfig) -> MemberTime:
