@@ -19,7 +19,7 @@ from torch import Tensor
 from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.harvest.corpus import TextWindow
-from saelab.harvest.gradient import Labels, pass_tokens
+from saelab.harvest.gradient import Asked, pass_tokens
 from saelab.ops.loss_gradient import LossGradient
 from saelab.protocols import LanguageModel
 from saelab.types import Document, Mask, Shard, TokenTable
@@ -47,7 +47,7 @@ class HarvestConfig(Config):
     """Mask the tokenizer's special tokens."""
     norm_outlier: float | None = Field(10.0, gt=1)
     """Mask rows whose norm exceeds this multiple of the site's median norm; None: never."""
-    gradient: Labels = "none"
+    gradient: Asked = "none"
     """Keep the gradient of the loss at every row too: of the text's next tokens (`data`), or of
     tokens that the model itself predicts (`sampled`). Takes four to five times as long."""
     gradient_seed: int = Field(0, ge=0)

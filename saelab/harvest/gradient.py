@@ -5,7 +5,7 @@ What they are gradients of is said in `ops/loss_gradient.py`.
 
 from typing import Literal
 
-Labels = Literal["none", "data", "sampled"]
+Asked = Literal["none", "data", "sampled"]
 
 _LOGITS = 2**26
 """Most logits of a pass with gradients, of which about four copies are held: 1 GiB in float32."""

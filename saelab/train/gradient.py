@@ -17,7 +17,7 @@ from saelab.errors import NonFiniteError, ShapeError
 from saelab.protocols import Loss, Store
 from saelab.train import checkpoint, resample, schedules
 from saelab.train.config import ADAM_EPS, Fitted, Member, TrainConfig
-from saelab.train.journal import Journal, compare_machine, machine
+from saelab.train.journal import Journal, compare_machine, hand_over, machine
 from saelab.train.trainee import Trainee
 from saelab.types import Batch
 
@@ -221,16 +221,9 @@ class GradientTrainer:
         self._check_weights()
         self.dictionary.calibrate(calibration)
         trained = self.dictionary.folded(self.scale)
-        if self.member.draft is not None:
-            trained.save(self.member.draft.folder)
         last = self.journal.lines[-1]
-        facts = {
-            "type": trained.config.type,
-            "site": self.member.site,
-            "d_in": trained.d_in,
-            "d_sae": trained.d_sae,
+        facts = hand_over(self.member, trained, self.scale) | {
             "lr": self.lr,
-            "input_scale": self.scale,
             "dead_window": self.config.window,
             **{f"last_{key}": last[key] for key in ("loss", "l0", "dead")},
         }

@@ -1,4 +1,4 @@
-"""What every trainer writes down the same way: its lines of metrics, and the machine it ran on."""
+"""What trainers write down the same way: lines of metrics, the machine, what is handed over."""
 
 import json
 import logging
@@ -8,6 +8,8 @@ import torch
 
 from saelab import artifacts, kernels
 from saelab.artifacts import Draft
+from saelab.protocols import Dictionary
+from saelab.train.config import Member
 
 METRICS = "metrics.jsonl"
 
@@ -53,3 +55,16 @@ def compare_machine(member: str, state: dict[str, Any]) -> None:
             "in its last bits from an uninterrupted run's",
             member, state["step"], ", ".join(changed),
         )  # fmt: skip
+
+
+def hand_over(member: Member, trained: Dictionary, scale: float) -> dict[str, Any]:
+    """Save a finished, folded dictionary into the member's draft; return the facts of any kind."""
+    if member.draft is not None:
+        trained.save(member.draft.folder)
+    return {
+        "type": trained.config.type,
+        "site": member.site,
+        "d_in": trained.d_in,
+        "d_sae": trained.d_sae,
+        "input_scale": scale,
+    }

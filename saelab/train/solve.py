@@ -23,7 +23,7 @@ from saelab.protocols import SiteStats, Store
 from saelab.train import checkpoint
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import input_scale
-from saelab.train.journal import Journal, compare_machine, machine
+from saelab.train.journal import Journal, compare_machine, hand_over, machine
 from saelab.train.trainee import Solvable, SolverState
 from saelab.types import Batch
 
@@ -157,15 +157,8 @@ class Solver:
         self.dictionary.finish(self.state)
         self.state = None  # and with it the rows
         trained = self.dictionary.folded(self.scale)
-        if self.member.draft is not None:
-            trained.save(self.member.draft.folder)
         last = self.journal.lines[-1]
-        facts = {
-            "type": trained.config.type,
-            "site": self.member.site,
-            "d_in": trained.d_in,
-            "d_sae": trained.d_sae,
-            "input_scale": self.scale,
+        facts = hand_over(self.member, trained, self.scale) | {
             "iterations": self.done,
             **{f"last_{key}": last[key] for key in ("loss", "l0", "dead") if key in last},
         }

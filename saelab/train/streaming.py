@@ -7,7 +7,7 @@ of its state. There is no learning rate, and nothing is drawn: the order of the 
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from saelab.protocols import Dictionary, Intake, Store
 from saelab.train import checkpoint
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import input_scale
-from saelab.train.journal import Journal, compare_machine, machine
+from saelab.train.journal import Journal, compare_machine, hand_over, machine
 from saelab.types import Batch
 
 
@@ -151,15 +151,8 @@ class StreamTrainer:
         del calibration
         trained = self.dictionary.folded(self.scale)
         trained.place_(*_places(self.store, self.member.site, trained.unplaced().cpu()))
-        if self.member.draft is not None:
-            trained.save(self.member.draft.folder)
         last = self.journal.lines[-1]
-        facts: dict[str, Any] = {
-            "type": trained.config.type,
-            "site": self.member.site,
-            "d_in": trained.d_in,
-            "d_sae": trained.d_sae,
-            "input_scale": self.scale,
+        facts = hand_over(self.member, trained, self.scale) | {
             "tokens_seen": self.seen,
             "full": trained.is_full,
             "last_loss": last["loss"],
