@@ -102,8 +102,8 @@ def lines_of(board: Sequence[Scored], arm: str = "dictionary") -> list[Line]:
             place = point.budget, point.seed
             if place in points:
                 raise ConfigError(
-                    f"{points[place].name} and {one.name} have the same type, width, rate, budget "
-                    "and seed; give a folder that holds one of them"
+                    f"{points[place].name} and {one.name} have the same type, width, rate, tokens, "
+                    "budget and seed; give a folder that holds one of them"
                 )
             points[place] = point
         if points:
@@ -115,7 +115,7 @@ def _identity(one: Scored) -> dict[str, Any]:
     fields = {k: v for k, v in one.inputs["dictionary"].items() if k not in ("d_in", *BUDGETS[:2])}
     if _budget_key(one) == "sparsity_weight":
         del fields["sparsity_weight"]
-    return fields | {"lr": one.inputs["lr"]}
+    return fields | {"lr": one.inputs["lr"], "tokens": one.inputs["train"]["tokens"]}
 
 
 def _budget_key(one: Scored) -> str:

@@ -261,6 +261,8 @@ class MemberSpec:
     """The key's fields: the type's configuration as `dictionary`, lr, seed, site."""
     init: str | None
     """A finished dictionary to continue from."""
+    tokens: int | None
+    """Rows that it sees, if fewer than the run's."""
     draft: Draft
 
 
@@ -312,7 +314,8 @@ def _member(spec: MemberSpec, device: torch.device) -> Member:
             )
     return Member(
         spec.name, dictionary.to(device), inputs["site"],
-        lr=inputs["lr"], seed=inputs["seed"], draft=spec.draft, initialised=spec.init is not None,
+        lr=inputs["lr"], seed=inputs["seed"], tokens=spec.tokens, draft=spec.draft,
+        initialised=spec.init is not None,
     )  # fmt: skip
 
 

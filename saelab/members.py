@@ -32,6 +32,8 @@ class MemberTraining(Config):
     """Peak learning rate; by default 2e-3 · √(4608 / d_sae)."""
     seed: int = Field(default=0, ge=0)
     """Initialisation and sampling."""
+    tokens: int | None = Field(default=None, gt=0)
+    """Rows of the stream that it sees, its schedules as long; by default all of `train.tokens`."""
     site: str | None = None
     """Which site of the store; may be left out when there is one."""
     init: str | None = None
@@ -51,6 +53,7 @@ class Member:
     fields: dict[str, Any]
     lr: float | None
     seed: int
+    tokens: int | None
     site: str | None
     init: str | None
     where: str = field(default="", compare=False)
@@ -115,7 +118,8 @@ def _parse(entry: _Entry) -> Member:
         raise ConfigError(f"{where}: {error}") from None
     name = training.name or _default_name(data, entry.axes)
     return Member(
-        name, fields, training.lr, training.seed, training.site, training.init, where,
+        name, fields, training.lr, training.seed, training.tokens, training.site, training.init,
+        where,
     )  # fmt: skip
 
 
@@ -155,7 +159,7 @@ def _named_apart(member: Member, entry: _Entry, earlier: Sequence[Member]) -> Me
 
 
 def _flat(member: Member) -> dict[str, Any]:
-    own = {"lr": member.lr, "seed": member.seed, "site": member.site, "init": member.init}
+    own = {key: getattr(member, key) for key in ("lr", "seed", "tokens", "site", "init")}
     return {k: v for k, v in own.items() if v is not None} | member.fields
 
 

@@ -220,12 +220,13 @@ class Run:
         parents = [artifacts.parent_of(store)]
         if member.init:
             parents.append(artifacts.parent_of(Path(member.init)))
+        train = self.config.train.shortened(member.tokens, member.where)
         inputs = {
             "dictionary": config.plain(),
             "lr": member.lr,
             "seed": member.seed,
             "site": site,
-            "train": self.config.train.key_fields(),
+            "train": train.key_fields(),
         }
         return Work("dictionary", self._name(member), inputs, parents)
 
@@ -239,9 +240,12 @@ class Run:
             drafts = {i: stack.enter_context(self.stages.draft(works[i], out)) for i in group}
             todo = [i for i in group if not drafts[i].is_finished]
             specs = [
-                api.MemberSpec(works[i].name, works[i].inputs, self.members[i].init, drafts[i])
+                api.MemberSpec(
+                    works[i].name, works[i].inputs, self.members[i].init,
+                    self.members[i].tokens, drafts[i],
+                )
                 for i in todo
-            ]
+            ]  # fmt: skip
 
             def done(place: int, fitted: Fitted) -> None:
                 i = todo[place]

@@ -34,6 +34,7 @@ from saelab.timing import (
     time_reading,
     time_splices,
 )
+from saelab.train.config import TrainConfig
 
 _DRAWS_PER_SECOND = 3e7
 """Normal numbers that planting draws per second; it needs one per row and feature."""
@@ -117,7 +118,8 @@ class _Planner:
         what = f"{len(passes)} pass{'es' if len(passes) > 1 else ''}"
         return [*found, Cost("train: reading", what, reading, 0, memory)]
 
-    def _one_training(self, member: Member, train: Any) -> Cost:
+    def _one_training(self, member: Member, whole: TrainConfig) -> Cost:
+        train = whole.shortened(member.tokens, member.where)
         times, dictionary = self._times(member), self._create(member)
         disk = 20 * sum(p.numel() for p in dictionary.parameters())
         if isinstance(dictionary, Solved):

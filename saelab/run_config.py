@@ -135,6 +135,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         _check_site(config, member)
         _check_gradient(config, member)
         _check_neurons(config, member)
+        if config.train is not None:
+            config.train.shortened(member.tokens, member.where)
     if config.evaluate is not None and config.corpus is not None and config.corpus.holdout == 0:
         raise ConfigError("evaluate needs held-out documents; set corpus.holdout above 0, say 0.1")
     return config

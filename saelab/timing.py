@@ -99,7 +99,8 @@ def time_member(
         if isinstance(dictionary, Solved):
             return _time_solved(member, store, train)
         started = time.perf_counter()
-        sweep = Sweep([member], store, train.model_copy(update={"log_every": 1, "wandb": None}))
+        probed = {"log_every": 1, "wandb": None, "tokens": max(train.tokens, 64 * train.batch)}
+        sweep = Sweep([member], store, train.model_copy(update=probed))
         once = time.perf_counter() - started
         step = _time_steps(sweep)
         share = _make_sparse_(sweep, store)

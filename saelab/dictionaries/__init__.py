@@ -12,9 +12,11 @@ from saelab.dictionaries.gated import Gated
 from saelab.dictionaries.gradient_topk import GradientTopK
 from saelab.dictionaries.itda import ITDA
 from saelab.dictionaries.jump_relu import JumpReLU
+from saelab.dictionaries.k_means import KMeans
 from saelab.dictionaries.matching_pursuit import MatchingPursuit
 from saelab.dictionaries.matryoshka import Matryoshka
 from saelab.dictionaries.mutual_choice import MutualChoice
+from saelab.dictionaries.random_rows import RandomRows
 from saelab.dictionaries.relu import ReLU
 from saelab.dictionaries.semi_nmf import SemiNMF
 from saelab.dictionaries.supervised import Supervised
@@ -32,6 +34,8 @@ REGISTRY: dict[str, type[BaseDictionary]] = {
     "gradient_topk": GradientTopK,
     "itda": ITDA,
     "jump_relu": JumpReLU,
+    "k_means": KMeans,
+    "random_rows": RandomRows,
     "relu": ReLU,
     "semi_nmf": SemiNMF,
     "supervised": Supervised,

@@ -16,21 +16,19 @@ arXiv 2505.17769; `reference` is the rule of its code, github.com/pleask/itda.
 """
 
 import logging
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
+from saelab.dictionaries.atoms import AtomsConfig, KeptRows
 from saelab.errors import ConfigError
 from saelab.ops.construct import RowError, Rule, construct
-from saelab.ops.pursuit import PursuitTrace, Refit, least_squares, pursue, sum_repeats
 from saelab.ops.threshold import threshold_for
-from saelab.ops.unroll import unroll
 from saelab.protocols import Intake, Streamed
-from saelab.types import Batch, SparseLatents
+from saelab.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +36,13 @@ AIM = 1.1
 """Atoms that the run is to come to by default, over `d_sae`: it should be full before the end."""
 
 
-class ITDAConfig(DictionaryConfig):
+class ITDAConfig(AtomsConfig):
     """A dictionary of activations."""
-
-    has_lr: ClassVar[bool] = False
 
     type: Literal["itda"] = "itda"
     """Name in the registry."""
     d_sae: PositiveInt
     """Most atoms; with so many, construction ends."""
-    k: PositiveInt
-    """Steps of pursuit, so most latents per row."""
     rule: Literal["fvu", "paper", "reference"] = "fvu"
     """Error of a row: its share of unexplained energy, the squared error (paper), or the mean
     squared difference of the unit vectors (the paper's code). Their thresholds differ."""
@@ -58,10 +52,6 @@ class ITDAConfig(DictionaryConfig):
     target_size: PositiveInt | None = None
     """Atoms that the whole run is to come to, by bisection on the threshold; default a tenth more
     than d_sae, so that the dictionary is full before the end."""
-    center: bool = True
-    """Subtract the store's mean first; false, as in the paper, leaves b_dec 0."""
-    refit: Literal["mp", "omp"] = "mp"
-    """Matching pursuit, or orthogonal matching pursuit."""
 
     @model_validator(mode="after")
     def _one_way_to_a_size(self) -> "ITDAConfig":
@@ -81,7 +71,7 @@ class ITDAConfig(DictionaryConfig):
 
 
 @final
-class ITDA(BaseDictionary, Streamed):
+class ITDA(KeptRows, Streamed):
     """The dictionary of activations; see the module's docstring for its equations."""
 
     config_class = ITDAConfig
@@ -90,8 +80,6 @@ class ITDA(BaseDictionary, Streamed):
     def __init__(self, config: ITDAConfig) -> None:
         """Allocate room for all atoms. Raises ConfigError for a threshold that can never fire."""
         super().__init__(config)
-        self.l0_bound = config.k
-        self._refit: Refit = config.refit
         top = 2 / config.d_in
         if config.rule == "reference" and config.threshold and config.threshold >= top:
             raise ConfigError(
@@ -102,42 +90,6 @@ class ITDA(BaseDictionary, Streamed):
         self.register_buffer("threshold", torch.tensor(config.threshold or 0.0))
         self.threshold: Tensor
         """A row with a larger error becomes an atom."""
-        for name in _PROVENANCE:
-            self.register_buffer(name, torch.full((self.d_sae,), -1, dtype=torch.int64))
-        self.rows: Tensor
-        """Row number in the store of each atom."""
-        self.documents: Tensor
-        self.positions: Tensor
-        """Place of each atom in its window; −1 where the store does not say."""
-        self.tokens: Tensor
-        """Token at each atom's position; −1 where there is none."""
-
-    # --------------------------------------------------------------------------------- codes
-
-    def trace(self, x: Float[Tensor, "n d_in"], *, k: int | None = None) -> PursuitTrace:
-        """Return the whole pursuit of x − b_dec: order, coefficients, residual; no gradient."""
-        rows = self._rows(x).detach() - self.b_dec.detach()
-        atoms, steps = self.W_dec.detach(), k or self.config.k
-        return pursue(rows, atoms, steps, sign="abs", refit=self._refit)
-
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the code of each row; row-wise, for any leading axes. Raises ShapeError."""
-        return self.encode_sparse(self._rows(x)).dense().reshape(*x.shape[:-1], self.d_sae)
-
-    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseLatents:
-        """Return the same codes in ragged form; differentiable with the chosen atoms held fixed."""
-        trace, values = self.trace(x), None
-        if torch.is_grad_enabled():
-            away = self._rows(x) - self.b_dec
-            if self._refit == "mp":
-                chosen = trace.order, trace.coefficients, trace.residual
-                values, _ = unroll(away, self.W_dec, *chosen)
-            else:
-                smooth, _ = least_squares(away, self.W_dec, trace.order)
-                values = trace.coefficients + (smooth - smooth.detach())
-        return sum_repeats(
-            trace.order, trace.coefficients if values is None else values, self.d_sae
-        )
 
     def scale_(self, factor: float) -> None:
         """Change the unit of x: the bias scales, and the paper's threshold scales twice."""
@@ -152,10 +104,7 @@ class ITDA(BaseDictionary, Streamed):
         self, mean: Float[Tensor, " d_in"], sample: Float[Tensor, "n d_in"], n_rows: int
     ) -> None:
         """Drop all atoms, set b_dec, and find the threshold where none is given."""
-        if self.config.center:
-            self.b_dec.copy_(mean)
-        else:
-            self.b_dec.zero_()
+        self._center_(mean)
         self._hold_(self.W_dec.new_zeros(0, self.d_in), {})
         if self.config.threshold is None:
             self.threshold.fill_(self._find_threshold(self._rows(sample) - self.b_dec, n_rows))
@@ -174,7 +123,7 @@ class ITDA(BaseDictionary, Streamed):
         return found
 
     def _rule(self, threshold: float, limit: int) -> Rule:
-        return Rule(self.config.k, self._refit, _ERRORS[self.config.rule], threshold, limit)
+        return Rule(self.config.k, self.config.refit, _ERRORS[self.config.rule], threshold, limit)
 
     @torch.no_grad()
     def partial_fit(self, batch: Batch) -> Intake:
@@ -194,39 +143,6 @@ class ITDA(BaseDictionary, Streamed):
                 made.atoms.clone(), {"rows": batch.rows[taken], "documents": batch.documents[taken]}
             )
         return Intake(len(made.errors), len(made.taken), float(made.errors.double().sum()))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there are `d_sae` atoms, the most that the configuration allows."""
-        return self.d_sae == self.config.d_sae
-
-    def _hold_(self, atoms: Tensor, new: dict[str, Tensor]) -> None:
-        """Hold these atoms; the last have `new` provenance, and −1 where it is not known."""
-        kept = len(next(iter(new.values()))) if new else 0
-        for name in _PROVENANCE:
-            old = getattr(self, name)
-            tail = new.get(name, torch.full((kept,), -1)).to(old)
-            setattr(self, name, torch.cat([old[: len(atoms) - kept], tail]))
-        self.W_dec = nn.Parameter(atoms)
-        self.d_sae = len(atoms)
-
-    def unplaced(self) -> Int[Tensor, " m"]:
-        """Return the row numbers of the atoms whose position is not known."""
-        return self.rows[self.positions < 0]
-
-    def place_(self, position: Int[Tensor, " m"], token: Int[Tensor, " m"]) -> None:
-        """Take in the position and the token of each of `unplaced`."""
-        where = self.positions < 0
-        self.positions[where], self.tokens[where] = position.to(self.rows), token.to(self.rows)
-
-    def load_tensors_(self, tensors: dict[str, Tensor], origin: str) -> None:
-        """Take over stored atoms, however many. Raises ArtifactError if they do not fit."""
-        n = min(len(tensors["W_dec"]) if "W_dec" in tensors else 0, self.config.d_sae)
-        self._hold_(self.W_dec.new_zeros(n, self.d_in), {"rows": torch.full((n,), -1)})
-        super().load_tensors_(tensors, origin)
-
-
-_PROVENANCE = ("rows", "documents", "positions", "tokens")
 
 
 def _fvu(x: Float[Tensor, "n d"], residual: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

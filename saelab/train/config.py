@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from saelab.artifacts import Draft
 from saelab.config import Config
+from saelab.errors import ConfigError
 from saelab.protocols import Dictionary
 from saelab.train import schedules
 
@@ -96,6 +97,20 @@ class TrainConfig(Config):
             return False
         return step < self.steps * (1 - self.decay)
 
+    def shortened(self, tokens: int | None, who: str) -> "TrainConfig":
+        """Return the same for a member that sees fewer tokens; None: all of them.
+
+        Raises ConfigError if they are less than a step, or more than the run's.
+        """
+        if tokens is None:
+            return self
+        if not self.batch <= tokens <= self.tokens:
+            raise ConfigError(
+                f"{who}: tokens={tokens} should lie between one batch ({self.batch}) and what the "
+                f"run reads, train.tokens={self.tokens}"
+            )
+        return self.model_copy(update={"tokens": tokens})
+
     def key_fields(self) -> dict[str, Any]:
         """Return the fields that change what a trained dictionary's files hold.
 
@@ -123,6 +138,8 @@ class Member:
     """Where metrics, checkpoints and the trained dictionary go; None keeps everything in memory."""
     initialised: bool = False
     """Whether its weights already take raw activations, and training goes on from them."""
+    tokens: int | None = None
+    """Rows of the stream that it sees; by default all of the run's."""
 
 
 @dataclass(frozen=True)

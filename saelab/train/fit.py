@@ -99,11 +99,17 @@ def _trainer(member: Member, store: Store, config: TrainConfig) -> Trainer | Sol
             f"{member.name}: {member.dictionary.config.type} groups an MLP's neurons, but "
             f"{member.site!r} has none; harvest the input of a W_out, blocks.N.mlp.hook_post"
         )
+    own = config.shortened(member.tokens, member.name)
     match member.dictionary:
         case GradientTrained():
-            return GradientTrainer(member, store, config)
+            return GradientTrainer(member, store, own)
         case Streamed():
-            return StreamTrainer(member, store, config)
+            return StreamTrainer(member, store, own)
+        case Solved() if member.tokens is not None:
+            raise ConfigError(
+                f"{member.name}: {member.dictionary.config.type} is solved from the whole store; "
+                "drop tokens, or harvest less"
+            )
         case Solved():
             return Solver(member, store, config)
         case other:

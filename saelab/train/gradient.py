@@ -25,9 +25,6 @@ from saelab.types import Batch
 class GradientTrainer:
     """One member in training, on inputs scaled to mean norm √d_in."""
 
-    is_full = False
-    """Whether it takes no more steps though the run goes on."""
-
     def __init__(self, member: Member, store: Store, config: TrainConfig) -> None:
         """Take a copy of the member's dictionary.
 
@@ -70,6 +67,11 @@ class GradientTrainer:
         self.journal = Journal(member.draft)
 
     # ------------------------------------------------------------------------------------- steps
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more steps though the run goes on."""
+        return self.done == self.config.steps
 
     @property
     def needs_init(self) -> bool:

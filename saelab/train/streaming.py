@@ -75,7 +75,8 @@ class StreamTrainer:
     @property
     def is_full(self) -> bool:
         """Whether it takes no more batches though the run goes on."""
-        return self.done > 0 and self.dictionary.is_full
+        ended = self.done == self.config.steps
+        return ended or (self.done > 0 and self.dictionary.is_full)
 
     def init_(self, sample: Tensor) -> None:
         """Begin, knowing the site's mean and a sample of scaled activations."""
