@@ -1,6 +1,6 @@
 """What dictionaries made of activations share: codes by pursuit, and where each atom came from."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +8,8 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
-from saelab.ops.pursuit import PursuitTrace, Refit, least_squares, pursue, sum_repeats
+from saelab.ops.pursuit import PursuitTrace, pursue, sum_repeats
+from saelab.ops.refit import Refit, gradient_coefficients, least_squares
 from saelab.ops.unroll import unroll
 from saelab.types import SparseLatents
 
@@ -24,8 +25,8 @@ class AtomsConfig(DictionaryConfig):
     """Steps of pursuit, so most latents per row."""
     center: bool = True
     """Subtract the store's mean first; false, as in the paper of ITDA, leaves b_dec 0."""
-    refit: Literal["mp", "omp"] = "mp"
-    """Matching pursuit, or orthogonal matching pursuit."""
+    refit: Refit = "mp"
+    """Matching pursuit (mp), orthogonal matching pursuit (omp), or gradient pursuit (gp)."""
 
     @classmethod
     def example(cls) -> "AtomsConfig":
@@ -62,6 +63,8 @@ class Atoms(BaseDictionary):
             if self._refit == "mp":
                 chosen = trace.order, trace.coefficients, trace.residual
                 values, _ = unroll(away, self.W_dec, *chosen)
+            elif self._refit == "gp":
+                values = gradient_coefficients(away, self.W_dec, trace.order)
             else:
                 smooth, _ = least_squares(away, self.W_dec, trace.order)
                 values = trace.coefficients + (smooth - smooth.detach())

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
 from saelab.ops import control, linalg
-from saelab.ops.pursuit import PursuitTrace, Sign, pursue, sum_repeats
+from saelab.ops.pursuit import PursuitTrace, pursue, sum_repeats
+from saelab.ops.refit import Sign
 from saelab.ops.unroll import pursuit_auxk, unroll
 from saelab.protocols import GradientTrained, Loss
 from saelab.types import Batch, SparseLatents

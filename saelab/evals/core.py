@@ -30,7 +30,7 @@ from saelab.evals.sample import sample_rows, sample_windows, thinned
 from saelab.metrics.reconstruction import MEDIAN, MEDIAN_UNIT, MEDIAN_VERSION, Reconstruction
 from saelab.metrics.sparsity import Sparsity, counted, density_histogram
 from saelab.metrics.sums import Accumulator, Definition
-from saelab.ops.pursuit import Refit, Sign
+from saelab.ops.refit import Refit, Sign
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, error_over_documents, median_error
 from saelab.types import Batch

@@ -1,5 +1,6 @@
 """Encoders: ways to turn activations into codes of a given dictionary."""
 
+from collections.abc import Iterable
 from typing import Literal, Protocol, final, runtime_checkable
 
 import torch
@@ -7,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.errors import ArtifactError, ConfigError
-from saelab.ops.pursuit import PursuitTrace, Refit, Sign, gram_of, pursue
+from saelab.ops.pursuit import PursuitTrace, gram_of, pursue
+from saelab.ops.refit import Refit, Sign, residual_energies
 from saelab.protocols import Dictionary
 from saelab.types import Batch, SparseLatents
 
@@ -57,16 +59,41 @@ class PursuitEncoder:
     @torch.no_grad()
     def trace(self, batch: Batch) -> PursuitTrace:
         """Return the whole pursuit, in units of the unit-norm directions."""
-        device = self._atoms.device
-        target = batch.y.to(device, torch.float32) - self.dictionary.offset(batch.x.to(device))
         return pursue(
-            target.float(),
+            self._target(batch),
             self._atoms,
             self.k,
             sign=self.sign,
             refit=self.refit,
             gram=self._gram,
         )
+
+    def _target(self, batch: Batch) -> Float[Tensor, "n d_out"]:
+        device = self._atoms.device
+        offset = self.dictionary.offset(batch.x.to(device))
+        return (batch.y.to(device, torch.float32) - offset).float()
+
+    @torch.no_grad()
+    def curve(
+        self, batches: Iterable[Batch], mean: Float[Tensor, " d_out"]
+    ) -> Float[Tensor, " steps"]:
+        """Return the FVU after 0, 1, …, k steps, from one pursuit of each row.
+
+        `mean` is that of the site: FVU is the error over the energy about it, both summed over
+        rows, in float64. With refit "mp" the first j steps of a pursuit of k are the pursuit of j;
+        "omp" and "gp" find the coefficients of each length anew, along the same order.
+        """
+        left = torch.zeros(self.k + 1, dtype=torch.float64)
+        total = 0.0
+        for batch in batches:
+            trace = self.trace(batch)
+            target = self._target(batch)
+            energies = residual_energies(
+                target, self._atoms, trace.order, trace.coefficients, self.refit, self.sign
+            )
+            left += energies.double().sum(0).cpu()
+            total += float((batch.y.double() - mean.double()).square().sum())
+        return left / total
 
     def __call__(self, batch: Batch) -> SparseLatents:
         """Return the codes of the batch's rows."""

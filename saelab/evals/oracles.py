@@ -24,7 +24,8 @@ from torch import Tensor
 from saelab.evals.encoders import OwnEncoder
 from saelab.evals.sample import sample_rows
 from saelab.metrics.truth import best_thresholds, cosines
-from saelab.ops.pursuit import Refit, Sign, pursue
+from saelab.ops.pursuit import pursue
+from saelab.ops.refit import Refit, Sign
 from saelab.ops.sparse import decode_ragged
 from saelab.ops.tree import levels_of
 from saelab.protocols import Dictionary, PlantedStore, Truth

@@ -28,12 +28,12 @@ from torch import Tensor
 from saelab.ops.pursuit import (
     GRAM_BYTES,
     NOISE,
-    Refit,
     gram_of,
     pursue,
     pursue_plainly,
     sum_repeats,
 )
+from saelab.ops.refit import Refit
 from saelab.ops.sparse import decode_ragged
 
 BLOCK = 256

@@ -6,8 +6,11 @@ Every user of pursuit differs only in the switches of `pursue`:
             "nonneg" the largest score, and stops when none is above zero; "raw" the largest score,
             also when it is negative
     refit   "mp" (matching pursuit) adds the score to the atom's coefficient; "omp" (orthogonal
-            matching pursuit) refits all chosen coefficients by least squares
-    reuse   whether matching pursuit may choose an atom again; its coefficients are then summed
+            matching pursuit) refits all chosen coefficients by least squares; "gp" (gradient
+            pursuit) moves them one step along the error's gradient, by the length that is best, and
+            with "nonneg" cuts them at 0 (Blumensath and Davies 2008; as in inference-time
+            optimisation)
+    reuse   whether an atom may be chosen again; matching pursuit then sums its coefficients
 
 With unit atoms, a matching-pursuit step by v leaves energy ‖r‖² − v² and r orthogonal to the atom.
 
@@ -20,7 +23,6 @@ rows together and leaves such ties as they fall. docs/methods/matching_pursuit.m
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -29,11 +31,9 @@ from torch import Tensor
 
 from saelab import kernels
 from saelab.errors import ShapeError
+from saelab.ops.refit import Refit, Sign, gradient_step, least_squares
 from saelab.ops.sparse import decode_ragged
 from saelab.types import SparseLatents
-
-Sign = Literal["abs", "nonneg", "raw"]
-Refit = Literal["mp", "omp"]
 
 GRAM_BYTES = 1 << 30
 """Largest Gram matrix of the atoms that is made."""
@@ -57,7 +57,7 @@ class PursuitTrace:
     order: Int[Tensor, "n steps"]
     """Atom chosen at each step; −1 once the row has stopped."""
     coefficients: Float[Tensor, "n steps"]
-    """mp: what each step added; omp: the final coefficient of the atom chosen at that step."""
+    """mp: what each step added; omp, gp: the final coefficient of the atom chosen at that step."""
     codes: SparseLatents
     """Coefficients summed over repeats, indices ascending in each row."""
     residual: Float[Tensor, "n d"]
@@ -95,7 +95,7 @@ def pursue(
     k < 1, or for switches that clash.
     """
     _check(k, len(atoms), sign, refit)
-    rule = _Rule(sign, refit, reuse and refit == "mp", tol)
+    rule = _Rule(sign, refit, reuse and refit != "omp", tol)
     with torch.autocast(x.device.type, enabled=False):
         return _pursue(x, atoms, k, rule, gram)
 
@@ -143,7 +143,7 @@ def pursue_plainly(
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"]]:
     """Return (order, coefficients) by the obvious loop over steps: the reference for `pursue`."""
     _check(k, len(atoms), sign, refit)
-    return _pursue_residual(x, atoms, k, _Rule(sign, refit, reuse and refit == "mp", tol))
+    return _pursue_residual(x, atoms, k, _Rule(sign, refit, reuse and refit != "omp", tol))
 
 
 def _pursue_residual(
@@ -163,9 +163,13 @@ def _pursue_residual(
         if rule.refit == "mp":
             coefficients[:, step] = torch.where(goes, score, 0)
             residual = residual - coefficients[:, step, None] * atoms[atom]
-        else:
+        elif rule.refit == "omp":
             support = order[:, : step + 1]
             coefficients[:, : step + 1], residual = least_squares(x, atoms, support)
+        else:
+            so_far = coefficients[:, : step + 1], residual
+            now, residual = gradient_step(x, atoms, order[:, : step + 1], *so_far, rule.sign)
+            coefficients[:, : step + 1] = now
         if banned is not None:
             banned.scatter_(1, atom[:, None], True)
         if not goes.any():
@@ -289,17 +293,6 @@ def _goes(score: Float[Tensor, " n"], sign: Sign, floor: Float[Tensor, " n"]) ->
 
 def _floor(x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
     return x.norm(dim=1) * (NOISE * torch.finfo(x.dtype).eps)
-
-
-def least_squares(
-    x: Float[Tensor, "n d"], atoms: Float[Tensor, "n_atoms d"], support: Int[Tensor, "n t"]
-) -> tuple[Float[Tensor, "n t"], Float[Tensor, "n d"]]:
-    """Return each row's best coefficients on its support, and the residual they leave."""
-    absent = support < 0
-    chosen = atoms[support.clamp(min=0)].masked_fill(absent[..., None], 0)
-    normal = chosen @ chosen.mT + torch.diag_embed(absent.to(x.dtype))
-    coefficients = torch.linalg.solve(normal, (chosen @ x[..., None]))[..., 0]
-    return coefficients, x - (coefficients[:, None] @ chosen)[:, 0]
 
 
 def sum_repeats(

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab import kernels
-from saelab.ops.pursuit import Sign, compiled, pursue
+from saelab.ops.pursuit import compiled, pursue
+from saelab.ops.refit import Sign
 
 
 def unroll(

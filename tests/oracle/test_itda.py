@@ -62,7 +62,7 @@ def fvu(x, residual):
 
 
 @pytest.mark.parametrize("rule", ["fvu", "paper", "reference"])
-@pytest.mark.parametrize("refit", ["mp", "omp"])
+@pytest.mark.parametrize("refit", ["mp", "omp", "gp"])
 def test_the_basis_repeated_gives_exactly_d_atoms_and_no_error(rule, refit):
     d, (said,) = built(BASIS, rule=rule, refit=refit, threshold=1e-3)
     assert torch.equal(d.W_dec, torch.eye(D))

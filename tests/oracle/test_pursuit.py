@@ -1,5 +1,6 @@
 """Pursuit against known answers, its own laws, and the obvious loop."""
 
+import itertools
 import math
 from unittest.mock import patch
 
@@ -8,9 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelab import kernels
+from saelab import dictionaries, kernels
 from saelab.errors import ShapeError
+from saelab.evals.encoders import PursuitEncoder, decode
 from saelab.ops.pursuit import gram_of, pursue, pursue_plainly
+from saelab.ops.refit import gradient_coefficients, residual_energies
+from saelab.types import Batch
 
 ATOMS = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
 X = (2 * ATOMS[0] + ATOMS[1])[None]
@@ -65,7 +69,7 @@ def test_a_raw_score_may_be_negative():
     assert pursue(-X, ATOMS, 1, sign="nonneg").n_steps.tolist() == [0]
 
 
-@pytest.mark.parametrize("refit", ["mp", "omp"])
+@pytest.mark.parametrize("refit", ["mp", "omp", "gp"])
 def test_orthonormal_atoms_are_recovered_in_order_of_magnitude_and_then_it_stops(refit):
     atoms = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     z = torch.tensor([[0.0, 3.0, 0.0, -5.0, 0.0, 1.0, 0.0, 0.0]])
@@ -97,6 +101,81 @@ def test_the_residual_of_orthogonal_pursuit_is_orthogonal_to_its_whole_support(s
         support = atoms[trace.order[row]]
         assert (support @ trace.residual[row]).abs().max() < 1e-12
         assert len(set(trace.order[row].tolist())) == 3
+
+
+def gradient_pursuit(row, atoms, k, sign):
+    """Inference-time optimisation as written: all coefficients of the support move at once."""
+    z, support = torch.zeros(len(atoms), dtype=row.dtype), torch.zeros(len(atoms), dtype=torch.bool)
+    for _ in range(k):
+        residual = row - z @ atoms
+        scores = atoms @ residual
+        support[(scores.abs() if sign == "abs" else scores).argmax()] = True
+        gradient = scores * support
+        move = gradient @ atoms
+        z = z + (move @ residual) / (move @ move) * gradient
+        if sign == "nonneg":
+            z = z.clamp(min=0)
+    return z
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 50), k=st.integers(1, 7), sign=st.sampled_from(["abs", "nonneg"]))
+def test_gradient_pursuit_is_the_plain_loop(seed, k, sign):
+    atoms, x = unit(12, 5, seed, torch.float64), 3 * unit(4, 5, seed + 99, torch.float64)
+    trace = pursue(x, atoms, k, sign=sign, refit="gp")
+    going = trace.n_steps == k
+    expected = torch.stack([gradient_pursuit(row, atoms, k, sign) for row in x])
+    torch.testing.assert_close(trace.codes.dense()[going], expected[going], atol=1e-10, rtol=0)
+    torch.testing.assert_close(x - trace.codes.dense() @ atoms, trace.residual)
+
+
+def test_gradient_pursuit_takes_the_best_step_and_is_matching_pursuit_at_first():
+    atoms, x = unit(12, 5, 1, torch.float64), unit(4, 5, 2, torch.float64)
+    energies = [
+        [float(e) for e in pursue(x, atoms, k, refit="gp").residual.square().sum(1)]
+        for k in range(1, 8)
+    ]
+    assert all(b < a for before, after in itertools.pairwise(energies)
+               for a, b in zip(before, after, strict=True))  # fmt: skip
+    first = pursue(x, atoms, 1).residual.square().sum(1)
+    torch.testing.assert_close(torch.tensor(energies[0], dtype=torch.float64), first)
+
+
+def test_gradient_coefficients_follow_a_known_order_and_have_the_true_derivative():
+    atoms, x = unit(6, 4, 1, torch.float64), unit(3, 4, 2, torch.float64)
+    order = pursue(x, atoms, 4, refit="gp").order
+    values = gradient_coefficients(x, atoms, order)
+    torch.testing.assert_close(values, pursue(x, atoms, 4, refit="gp").coefficients)
+    leaves = x.clone().requires_grad_(), atoms.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: gradient_coefficients(a, b, order), leaves)
+
+
+@pytest.mark.parametrize(
+    ("refit", "sign"), [("mp", "abs"), ("omp", "abs"), ("gp", "abs"), ("gp", "nonneg")]
+)
+def test_the_energies_of_one_pursuit_are_those_of_every_shorter_one(refit, sign):
+    atoms, x = unit(12, 6, 3, torch.float64), unit(5, 6, 4, torch.float64)
+    trace = pursue(x, atoms, 6, sign=sign, refit=refit)
+    found = residual_energies(x, atoms, trace.order, trace.coefficients, refit, sign)
+    shorter = [pursue(x, atoms, k, sign=sign, refit=refit).residual for k in range(1, 7)]
+    expected = torch.stack([x, *shorter]).square().sum(-1).T
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_the_curve_of_an_encoder_starts_at_the_offset_and_ends_at_its_own_error():
+    dictionary = dictionaries.create({"type": "topk", "d_in": 6, "d_sae": 12, "k": 2})
+    with torch.no_grad():
+        dictionary.W_dec.copy_(3 * unit(12, 6, 3))
+        dictionary.b_dec.fill_(0.1)
+    x = unit(40, 6, 4)
+    batches = [Batch(p, p, torch.arange(20), torch.arange(20)) for p in x.split(20)]
+    encoder, mean = PursuitEncoder(dictionary, 4), x.mean(0)
+    curve = encoder.curve(batches, mean)
+    variance = (x - mean).square().sum()
+    error = sum((b.x - decode(dictionary, encoder(b), b.x)).square().sum() for b in batches)
+    assert float(curve[0]) == pytest.approx(float((x - 0.1).square().sum() / variance), rel=1e-5)
+    assert float(curve[-1]) == pytest.approx(float(error / variance), rel=1e-4)
+    assert bool((curve.diff() < 0).all())
 
 
 @pytest.mark.parametrize("form", FORMS)
