@@ -16,11 +16,10 @@ mean of the other seeds' stands in, so that a line with seeds at one L0 only wil
 if its own members have at least half of the weight. The value is the mean over seeds.
 
 *Intervals.* Two sources are told apart: `0.1783 ± 0.0045; seeds 0.0006`. After ± stands one
-standard error over held-out documents: interpolation and the mean over seeds average values from
-the same documents, whose errors are taken as fully related, which is an upper bound. After
-"seeds" stands the standard deviation over seeds (not of their mean). A hierarchical interval for a
-type has both: √(documents² + seeds² / n). Between types the documents' part cancels to a degree
-that is not known here, since results hold no sums per document.
+standard error over held-out documents, from the resamples that results keep. After "seeds" stands
+the standard deviation over seeds (not of their mean). Most of the documents' part is common to all
+types: to tell two apart, read "FVU − best". It is the difference to the best line with a 95 %
+interval, paired by documents and seeds (a hierarchical bootstrap over both).
 
 *Seconds* are a member's own training steps (`step_seconds` of its `run.json`, scaled to all steps
 if it was resumed): reading is shared, and left out.
@@ -36,12 +35,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from saelab_experiments.lines import METRICS, Estimate, at, controls, lines_of, spread_of
+from saelab_experiments.lines import METRICS, Estimate, at, controls, lead, lines_of, spread_of
 
 from saelab import artifacts, leaderboard
 from saelab.errors import ArtifactError, ConfigError, SaelabError
 from saelab.leaderboard import Scored
 from saelab.report import pretty
+from saelab.stats import Difference
+
+PAIRED = {"fvu": "FVU", "kl": "KL"}
+"""Metrics whose difference to the best line is shown."""
 
 # ----------------------------------------------------------------------------------------- tables
 
@@ -51,7 +54,9 @@ def at_table(board: Sequence[Scored], l0: float) -> list[str]:
     lines = lines_of(board)
     shown = [m for m in METRICS if any(m in p.scores for line in lines for p in line.points)]
     lines.sort(key=lambda line: found.value if (found := at(line, "fvu", l0)) else math.inf)
-    heads = ["", "seeds", *(METRICS[m] for m in shown), f"L0 at budget {l0:g}", "seconds"]
+    leads = [m for m in PAIRED if m in shown]
+    heads = ["", "seeds", *(METRICS[m] for m in shown), *(f"{PAIRED[m]} − best" for m in leads)]
+    heads += [f"L0 at budget {l0:g}", "seconds"]
     table = [_row(heads), "|---|" + "--:|" * (len(heads) - 1)]
     for line in lines:
         there = line.of_budget(l0)
@@ -59,11 +64,12 @@ def at_table(board: Sequence[Scored], l0: float) -> list[str]:
         cells = [_cell(at(line, m, l0)) for m in shown]
         reached = over_seeds(p.l0 for p in there)
         seconds = over_seeds(p.seconds for p in there)
-        table.append(_row([f"**{line.label}**", str(seeds), *cells, reached, seconds]))
+        gaps = ["" if line is lines[0] else _gap(lead(line, lines[0], m, l0)) for m in leads]
+        table.append(_row([f"**{line.label}**", str(seeds), *cells, *gaps, reached, seconds]))
     for line in controls(board, lines, l0):
         alone = line.label.startswith(("token_mean", "pca"))
         cells = [_cell(at(line, m, line.points[0].l0 if alone else l0)) for m in shown]
-        table.append(_row([line.label, "", *cells, "", ""]))
+        table.append(_row([line.label, "", *cells, *("" for _ in leads), "", ""]))
     return table
 
 
@@ -95,6 +101,10 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _gap(found: Difference | None) -> str:
+    return "" if found is None else f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
 def _cell(found: Estimate | None) -> str:
     return "" if found is None else str(found)
 
@@ -119,10 +129,10 @@ def page(boards: Sequence[Sequence[Scored]], l0: float, figures: Sequence[str]) 
 _READING = (
     "Made by `python -m saelab_experiments.curves`. Values are interpolated linearly in the "
     "logarithm of the measured L0; † marks the nearest point of a line that does not reach this "
-    "L0. After ± stands one standard error over held-out documents (an upper bound: errors of "
-    "points on the same documents are taken as fully related), after “seeds” the standard "
-    "deviation over seeds. Seconds are a member's own training steps. The controls follow the "
-    "lines; the best re-encoded one was chosen on these rows."
+    "L0. After ± stands one standard error over held-out documents, after “seeds” the standard "
+    "deviation over seeds; “− best” is the difference to the first line with a 95 % interval, "
+    "paired by documents and seeds. Seconds are a member's own training steps. The controls follow "
+    "the lines; the best re-encoded one was chosen on these rows."
 )
 
 

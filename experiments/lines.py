@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from saelab.errors import ArtifactError, ConfigError
 from saelab.leaderboard import Scored
 from saelab.report import pretty
+from saelab.stats import Difference, standard_error
 
 METRICS = {
     "fvu": "FVU ↓",
@@ -33,6 +37,8 @@ class Score:
 
     value: float
     error: float | None = None
+    drawn: Tensor | None = field(default=None, compare=False, repr=False)
+    """Its bootstrap resamples, which drew the same documents for every member of a board."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def _labels(groups: Sequence[Sequence[Scored]]) -> list[str]:
 def _point(one: Scored, arm: str) -> Point | None:
     """Return an arm's point; where it has no L0 of its own, it stands at its dictionary's."""
     scores = {
-        name: Score(row["value"], row["standard_error"])
+        name: Score(row["value"], row["standard_error"], one.replicates(name, arm))
         for name in (*METRICS, "l0")
         if (row := one.row(name, arm)) is not None and math.isfinite(row["value"])
     }
@@ -183,21 +189,52 @@ def weights(l0s: Sequence[float], l0: float) -> tuple[dict[int, float], bool]:
 
 def at(line: Line, metric: str, l0: float) -> Estimate | None:
     """Return a line's value of a metric at an L0; None if it was not measured on it."""
-    points = [point for point in line.points if metric in point.scores and point.l0 > 0]
-    if not points:
+    counted = _by_seed(line, metric, l0)
+    if not counted:
         return None
-    found = [_of_seed(points, metric, l0, seed) for seed in sorted({p.seed for p in points})]
-    counted = [one for share, *one in found if share >= 0.5] or [one for _, *one in found]
-    values = [value for value, _, _ in counted]
-    errors = [error for _, error, _ in counted]
-    known = None if None in errors else statistics.fmean(errors)
+    values = [score.value for score, _ in counted.values()]
+    mean = mean_score([score for score, _ in counted.values()])
     spread = spread_of(values) if len(values) > 1 else None
-    inside = all(inside for *_, inside in counted)
-    return Estimate(statistics.fmean(values), known, spread, len(values), inside)
+    inside = all(inside for _, inside in counted.values())
+    return Estimate(mean.value, mean.error, spread, len(values), inside)
 
 
-def _of_seed(points: Sequence[Point], metric: str, l0: float, seed: int) -> tuple[Any, ...]:
-    """Return (share of the seed's own points, value, error, inside) on one seed's line."""
+def lead(line: Line, other: Line, metric: str, l0: float) -> Difference | None:
+    """Return line − other at an L0, paired by documents and by the seeds that both have.
+
+    The interval is of a hierarchical bootstrap: a resample draws documents, the same for both, and
+    among several seeds seeds. None where there is no common seed, or no resamples were kept.
+    """
+    mine, theirs = (_by_seed(one, metric, l0) for one in (line, other))
+    drawn, values = [], []
+    for seed in sorted(mine.keys() & theirs.keys()):
+        a, b = mine[seed][0], theirs[seed][0]
+        if a.drawn is None or b.drawn is None or len(a.drawn) != len(b.drawn):
+            return None
+        drawn.append(a.drawn - b.drawn)
+        values.append(a.value - b.value)
+    if not drawn:
+        return None
+    table, n = torch.stack(drawn), len(drawn)
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(n, (n, table.shape[1]), generator=generator)
+    return Difference.of(statistics.fmean(values), table.gather(0, picked).mean(0))
+
+
+def _by_seed(line: Line, metric: str, l0: float) -> dict[int, tuple[Score, bool]]:
+    """Return by seed (score, inside) of those with half of the weight in members of their own;
+    where there are none, of all."""
+    points = [point for point in line.points if metric in point.scores and point.l0 > 0]
+    found = {s: _of_seed(points, metric, l0, s) for s in sorted({p.seed for p in points})}
+    own = {seed: one for seed, (share, *one) in found.items() if share >= 0.5}
+    chosen = own or {seed: one for seed, (_, *one) in found.items()}
+    return {seed: (score, inside) for seed, (score, inside) in chosen.items()}
+
+
+def _of_seed(
+    points: Sequence[Point], metric: str, l0: float, seed: int
+) -> tuple[float, Score, bool]:
+    """Return (share of the seed's own points, score, inside) on one seed's line."""
     drawn: list[tuple[float, Score, bool]] = []
     for budget in sorted({point.budget for point in points}):
         here = [point for point in points if point.budget == budget]
@@ -208,10 +245,7 @@ def _of_seed(points: Sequence[Point], metric: str, l0: float, seed: int) -> tupl
     drawn.sort(key=lambda one: one[0])
     parts, inside = weights([one[0] for one in drawn], l0)
     share = sum(w for i, w in parts.items() if drawn[i][2])
-    value = sum(w * drawn[i][1].value for i, w in parts.items())
-    errors = [drawn[i][1].error for i in parts]
-    total = None if None in errors else sum(w * (drawn[i][1].error or 0) for i, w in parts.items())
-    return share, value, total, inside
+    return share, mix([(w, drawn[i][1]) for i, w in parts.items()]), inside
 
 
 def spread_of(values: Sequence[float]) -> float:
@@ -221,10 +255,25 @@ def spread_of(values: Sequence[float]) -> float:
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """Return the mean of scores on the same documents, with the upper bound of its error."""
-    errors = [score.error for score in scores if score.error is not None]
-    error = statistics.fmean(errors) if len(errors) == len(scores) else None
-    return Score(statistics.fmean(score.value for score in scores), error)
+    """Return the mean of scores on the same documents."""
+    return mix([(1 / len(scores), score) for score in scores])
+
+
+def mix(parts: Sequence[tuple[float, Score]]) -> Score:
+    """Return the weighted sum of scores on the same documents.
+
+    Its error is that of the summed resamples; without them the weighted sum of errors, an upper
+    bound.
+    """
+    value = sum(w * score.value for w, score in parts)
+    draws = [score.drawn for _, score in parts]
+    if all(d is not None for d in draws) and len({len(d) for d in draws if d is not None}) == 1:
+        drawn = sum(w * d for (w, _), d in zip(parts, draws, strict=True) if d is not None)
+        assert isinstance(drawn, Tensor)
+        return Score(value, standard_error(drawn), drawn)
+    errors = [score.error for _, score in parts]
+    known = [w * error for (w, _), error in zip(parts, errors, strict=True) if error is not None]
+    return Score(value, sum(known) if len(known) == len(errors) else None)
 
 
 # --------------------------------------------------------------------------------------- controls

@@ -23,9 +23,10 @@ from typing import Any, Literal
 
 import torch
 
-from saelab import api, artifacts, pipeline, report
+from saelab import api, artifacts, pipeline
 from saelab.config import Config, load_yaml
 from saelab.errors import ConfigError, nearest
+from saelab.results import read_rows
 from saelab.run_config import RunConfig, load_config
 from saelab.stats import benjamini_hochberg
 
@@ -125,7 +126,7 @@ def _rows(config: RunConfig, spec: RunOf, world: int | None) -> Any:
             for row in _training_rows(path):
                 yield label, unit, row
             continue
-        rows = report.read_rows(step.path)
+        rows = read_rows(step.path)
         once = {(row["arm"], row["name"]): row for row in reversed(rows)}  # core's, if both have it
         for row in once.values():
             yield label, unit, row

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from saelab import artifacts, dictionaries, models, store
-from saelab.artifacts import Draft, canonical_line, read_manifest
+from saelab.artifacts import Draft, read_manifest
 from saelab.config import Config
 from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
 from saelab.evals.concepts import ConceptsEvaluator
@@ -32,6 +32,7 @@ from saelab.harvest.online import OnlineStore
 from saelab.passes import Load
 from saelab.progress import Bar
 from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
+from saelab.results import write_rows
 from saelab.stats import ResultRow
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
@@ -360,13 +361,12 @@ def write_results(
     }
     device = model.device if model is not None else torch.device("cpu")
     loaded = dictionaries.load(dictionary).to(device)
-    lines = []
+    rows: list[ResultRow] = []
     for name in evals:
         with _spinner(f"evaluate {name}"):
-            rows = _evaluator(name, configs[name], site)(loaded, activations, model)
-            lines += [canonical_line(row.plain() | origin) for row in rows]
-    draft.write("results.jsonl", b"".join(lines))
-    return {"n_results": len(lines), "evals": list(evals), "site": site}
+            rows += _evaluator(name, configs[name], site)(loaded, activations, model)
+    n = write_rows(draft, rows, origin)
+    return {"n_results": n, "evals": list(evals), "site": site}
 
 
 def write_features(

@@ -14,11 +14,14 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from saelab import artifacts, report
 from saelab.artifacts import Manifest
 from saelab.config import digest
 from saelab.errors import ArtifactError, ConfigError, nearest
+from saelab.results import read_replicates, read_rows
+from saelab.stats import Difference
 
 LOWER = (
     "fvu", "median_normalised_error", "mse", "ce", "delta_ce", "kl", "description_length",
@@ -55,6 +58,8 @@ class Scored:
     name: str
     content_hash: str
     results: Manifest
+    folder: Path
+    """Of the results."""
     rows: list[dict[str, Any]]
     inputs: dict[str, Any]
     """What the dictionary was made from; empty if it does not lie beside its results."""
@@ -80,6 +85,11 @@ class Scored:
     def row(self, metric: str, arm: str = "dictionary") -> dict[str, Any] | None:
         """Return a result row, or None if it was not measured."""
         return self.cells.get((arm, metric))
+
+    def replicates(self, metric: str, arm: str = "dictionary") -> Tensor | None:
+        """Return the resamples of a row: of the same documents for all members of a board."""
+        row = self.row(metric, arm)
+        return row and read_replicates(self.folder, row["evaluator"], arm, metric)
 
     def rank(self, metric: str) -> float:
         """Return what members are sorted by, best first; those without a number go last."""
@@ -108,7 +118,7 @@ def scored(out: Path) -> list[Scored]:
         name = f"{manifest.name} {parent[:8]}" if twice else manifest.name
         inputs = dictionary.inputs if dictionary else {}
         training = artifacts.read_json(folder / artifacts.RUN) if folder else {}
-        found.append(Scored(name, parent, manifest, report.read_rows(path), inputs, training))
+        found.append(Scored(name, parent, manifest, path, read_rows(path), inputs, training))
     return found
 
 
@@ -263,42 +273,72 @@ def compare(paths: Sequence[Path], by: str | None) -> Group:
         names = ", ".join(f"{s.name} ({s.site})" for s in alone)
         parts.append(Text(f"Scored on rows that no other one was scored on: {names}."))
     if len(found) > len(alone):
-        parts.append(Text(_UPPER_BOUND, style="dim"))
+        paired = all(
+            gap is None or gap.paired
+            for board in found
+            for one in board[1:]
+            for gap in [gap_of(one, board[0], metric)]
+        )
+        parts.append(Text(_PAIRED if paired else _UPPER_BOUND, style="dim"))
     return Group(*parts)
 
 
+_PAIRED = (
+    "Differences are to the best one, from resamples that drew the same documents for both. "
+    "Another seed is not in them."
+)
 _UPPER_BOUND = (
-    "Differences are to the best one. Their errors are taken as if the two were independent, since "
-    "results hold no sums per document to pair them by; scores on the same documents are "
-    "positively related, so this is an upper bound. Another seed is not in it."
+    "Differences are to the best one. Not all could be paired: some of these results hold no "
+    "resamples, or the metric has none. Errors are then taken as if the two were independent; "
+    "scores on the same documents are positively related, so this is an upper bound. Another seed "
+    "is not in it."
 )
 
 
-def _gap(one: Scored, best: Scored, metric: str) -> tuple[float, float | None] | None:
-    """Return (difference to the best, its largest standard error); None where not measured."""
-    a, b = one.row(metric), best.row(metric)
+@dataclass(frozen=True)
+class Gap:
+    """A difference of two members of a board."""
+
+    value: float
+    low: float | None
+    """2.5 %; None where no error is known."""
+    high: float | None
+    paired: bool
+    """Whether both were resampled with the same documents."""
+
+
+def gap_of(one: Scored, other: Scored, metric: str) -> Gap | None:
+    """Return one − other with its 95 % interval; None where not measured."""
+    a, b = one.row(metric), other.row(metric)
     if a is None or b is None:
         return None
+    value = a["value"] - b["value"]
+    mine, theirs = one.replicates(metric), other.replicates(metric)
+    if mine is not None and theirs is not None and len(mine) == len(theirs):
+        found = Difference.of(value, mine - theirs)
+        return Gap(value, found.low, found.high, paired=True)
     errors = a["standard_error"], b["standard_error"]
-    error = None if None in errors else math.hypot(*errors)
-    return a["value"] - b["value"], error
+    if None in errors:
+        return Gap(value, None, None, paired=False)
+    reach = Z95 * math.hypot(*errors)
+    return Gap(value, value - reach, value + reach, paired=False)
 
 
 def _differences(board: Sequence[Scored], metric: str) -> Table:
     table = report.table(board[0].site, "type", "L0", _head(metric, metric), "difference", "95 %")
     table.columns[1].justify = "left"
     for place, one in enumerate(board):
-        gap = _gap(one, board[0], metric) if place else None
-        shown = ("", "") if gap is None else (f"{gap[0]:+.4g}", _interval(*gap))
+        gap = gap_of(one, board[0], metric) if place else None
+        shown = ("", "") if gap is None else (f"{gap.value:+.4g}", _interval(gap))
         cells = one.type, _cell(one.row("l0")), _cell(one.row(metric))
         table.add_row(_mark(place, one.name), *cells, *shown, style="" if place else "bold")
     return table
 
 
-def _interval(gap: float, error: float | None) -> str:
-    if error is None:
+def _interval(gap: Gap) -> str:
+    if gap.low is None:
         return "no error known"
-    return f"{gap - Z95 * error:+.4g} to {gap + Z95 * error:+.4g}"
+    return f"{gap.low:+.4g} to {gap.high:+.4g}"
 
 
 def _says(board: Sequence[Scored], metric: str) -> str:
@@ -307,10 +347,10 @@ def _says(board: Sequence[Scored], metric: str) -> str:
     answer = f"Best by {title} at {best.site}: {best.name}, {_cell(best.row(metric))}."
     open_ones, unknown = [], False
     for one in board[1:]:
-        gap = _gap(one, best, metric)
-        if gap is None or gap[1] is None:
+        gap = gap_of(one, best, metric)
+        if gap is None or gap.low is None or gap.high is None:
             unknown = True
-        elif abs(gap[0]) <= Z95 * gap[1]:
+        elif gap.low <= 0 <= gap.high:
             open_ones.append(one.name)
     if unknown:
         return f"{answer} Not every difference has an error, so no more can be said."

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.text import Text
 from saelab import artifacts
 from saelab.artifacts import Manifest
 from saelab.errors import ArtifactError
+from saelab.results import read_replicates, read_rows
+from saelab.stats import standard_error
 
 _TITLES = {
     "fvu": "FVU ↓",
@@ -44,12 +47,6 @@ _CONCEPT_TITLES = {
     "snmf_score": "SNMF score ↑",
     "snmf_clamped": "clamped ↓",
 }
-
-
-def read_rows(results: Path) -> list[dict[str, Any]]:
-    """Return a results artifact's rows."""
-    text = (results / "results.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def pretty(value: float, error: float | None = None) -> str:
@@ -249,22 +246,49 @@ def comparison(first: Path, second: Path) -> Group:
     )
     for column in ("metric", first.name, second.name, "difference"):
         scores.add_column(column, justify="left" if column == "metric" else "right")
-    rows = [_dictionary_rows(p, m) for p, m in zip((first, second), manifests, strict=True)]
+    results = [_newest_results(p, m) for p, m in zip((first, second), manifests, strict=True)]
+    rows = [_dictionary_rows(found) for found in results]
+    same = _scored_alike(results)
     for name in sorted(rows[0].keys() & rows[1].keys(), key=_order):
         a, b = rows[0][name], rows[1][name]
-        scores.add_row(name, _cell(a), _cell(b), _difference(a, b))
-    note = Text(
-        "The error of a difference is taken as if the two were independent; scores on the same "
-        "documents are positively related, so it is an upper bound.", style="dim"
-    )  # fmt: skip
-    return Group(made, Text(), scores, note)
+        paired = _paired_error(results, a) if same else None
+        scores.add_row(name, _cell(a), _cell(b), _difference(a, b, paired))
+    note = (
+        "± of a difference: from resamples that drew the same documents for both."
+        if same
+        else "The two were scored on different rows or by different settings: the error of a "
+        "difference is taken as if they were independent."
+    )
+    return Group(made, Text(), scores, Text(note, style="dim"))
 
 
-def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+def _difference(a: dict[str, Any], b: dict[str, Any], paired: float | None) -> str:
     gap = b["value"] - a["value"]
+    if paired is not None:
+        return f"{gap:+.4g} ± {paired:.2g}"
     if not a["standard_error"] or not b["standard_error"]:
         return f"{gap:+.4g}"
     return f"{gap:+.4g} ± {math.hypot(a['standard_error'], b['standard_error']):.2g}"
+
+
+def _scored_alike(results: Sequence[Path | None]) -> bool:
+    """Whether two results are of the same rows, by the same evaluators and settings."""
+    known = [artifacts.read_manifest(path) for path in results if path is not None]
+    if len(known) < len(results):
+        return False
+    alike = [(m.inputs, m.facts["site"], m.parent("store").content_hash) for m in known]
+    return alike[0] == alike[1]
+
+
+def _paired_error(results: Sequence[Path | None], row: dict[str, Any]) -> float | None:
+    drawn = [
+        read_replicates(path, row["evaluator"], row["arm"], row["name"])
+        for path in results
+        if path is not None
+    ]
+    if len(drawn) < 2 or drawn[0] is None or drawn[1] is None or len(drawn[0]) != len(drawn[1]):
+        return None
+    return standard_error(drawn[1] - drawn[0])
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -277,13 +301,18 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _dictionary_rows(path: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Return the newest scores of a dictionary, by metric; empty if it has none."""
+def _newest_results(path: Path, manifest: Manifest) -> Path | None:
+    """Return a dictionary's newest results, if it has any."""
     scored = [
         folder
         for folder, m in artifacts.find_all(path.resolve().parents[1], "results")
         if any(p.content_hash == manifest.content_hash for p in m.parents)
     ]
-    if not scored:
+    return scored[-1] if scored else None
+
+
+def _dictionary_rows(results: Path | None) -> dict[str, dict[str, Any]]:
+    """Return a dictionary's scores by metric; empty without results."""
+    if results is None:
         return {}
-    return {row["name"]: row for row in read_rows(scored[-1]) if row["arm"] == "dictionary"}
+    return {row["name"]: row for row in read_rows(results) if row["arm"] == "dictionary"}

@@ -6,7 +6,7 @@ is seeded and of bounded memory.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,10 +39,13 @@ class ResultRow:
     """`dictionary`, or the name of a control such as `pca(k=32)`."""
     encoder: str = "own"
     evaluator: str = "core"
+    replicates: Float[Tensor, " resamples"] | None = field(default=None, compare=False, repr=False)
+    """The bootstrap resamples behind the error. Scores of the same documents, settings and seed
+    have the same draws, so the resamples of a difference are the differences of these."""
 
     def plain(self) -> dict[str, Any]:
-        """Return JSON-ready data."""
-        return asdict(self)
+        """Return JSON-ready data: all but the replicates."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "replicates"}
 
 
 # ------------------------------------------------------------------------ bootstrap over documents
@@ -113,41 +116,42 @@ def bootstrap_median(
         reach *= 2
 
 
-def standard_error(replicates: Float[Tensor, " resamples"]) -> float | None:
-    """Return the standard deviation of the resamples; None if some of them are not finite.
+def standard_error(replicates: Float[Tensor, " resamples"] | None) -> float | None:
+    """Return the standard deviation of the resamples; None if some are not finite, or there are
+    none.
 
     Exactly 0 where they differ only by rounding.
     """
-    if len(replicates) < 2 or not bool(replicates.isfinite().all()):
+    if replicates is None or len(replicates) < 2 or not bool(replicates.isfinite().all()):
         return None
     error = float(replicates.std())
     return error if error > _ROUNDING * float(replicates.abs().max()) else 0.0
 
 
-def error_over_documents(
+def over_documents(
     sums: Float[Tensor, "docs q"],
     statistic: Statistic,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> float | None:
-    """Return the bootstrap standard error of a metric; None with fewer than two documents."""
+) -> Float[Tensor, " resamples"] | None:
+    """Return `bootstrap`; None with fewer than two documents, which tell nothing of an error."""
     if len(sums) < 2:
         return None
-    return standard_error(bootstrap(sums, statistic, resamples=resamples, seed=seed))
+    return bootstrap(sums, statistic, resamples=resamples, seed=seed)
 
 
-def median_error(
+def median_over_documents(
     values: Float[Tensor, " n"],
     documents: Int[Tensor, " n"],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> float | None:
-    """Return the bootstrap standard error of a median; None with fewer than two documents."""
+) -> Float[Tensor, " resamples"] | None:
+    """Return `bootstrap_median`; None with fewer than two documents."""
     if len(torch.unique(documents)) < 2:
         return None
-    return standard_error(bootstrap_median(values, documents, resamples=resamples, seed=seed))
+    return bootstrap_median(values, documents, resamples=resamples, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,13 @@ class Difference:
     """2.5 % of the resampled differences."""
     high: float
     """97.5 %."""
+
+    @classmethod
+    def of(cls, value: float, replicates: Float[Tensor, " resamples"]) -> "Difference":
+        """Return a difference with its bootstrap interval."""
+        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        low, high = torch.quantile(replicates.double(), ends).tolist()
+        return cls(value, standard_error(replicates), low, high)
 
 
 def paired_difference(
@@ -181,9 +192,7 @@ def paired_difference(
 
     both = torch.cat([first, second], 1).double()
     drawn = bootstrap(both, difference, resamples=resamples, seed=seed)
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    value = float(difference(both.sum(0, keepdim=True)))
-    return Difference(value, standard_error(drawn), low, high)
+    return Difference.of(float(difference(both.sum(0, keepdim=True))), drawn)
 
 
 def _draws(

@@ -32,7 +32,7 @@ from saelab.metrics.sparsity import Sparsity, counted, density_histogram
 from saelab.metrics.sums import Accumulator, Definition
 from saelab.ops.refit import Refit, Sign
 from saelab.protocols import Dictionary, LanguageModel, Store
-from saelab.stats import ResultRow, error_over_documents, median_error
+from saelab.stats import ResultRow, median_over_documents, over_documents, standard_error
 from saelab.types import Batch
 
 log = logging.getLogger(__name__)
@@ -296,9 +296,11 @@ class CoreEvaluator:
             for definition in part.definitions:
                 if only is None or definition.name in only:
                     yield self._measured(part, definition, n, name, encoder)
-        error = median_error(*scores.reconstruction.errors(), **self._resampling())
-        value = scores.reconstruction.median()
-        yield ResultRow(MEDIAN, value, MEDIAN_UNIT, n, error, MEDIAN_VERSION, name, encoder)
+        drawn = median_over_documents(*scores.reconstruction.errors(), **self._resampling())
+        yield ResultRow(
+            MEDIAN, scores.reconstruction.median(), MEDIAN_UNIT, n, standard_error(drawn),
+            MEDIAN_VERSION, name, encoder, replicates=drawn,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------- downstream
 
@@ -362,9 +364,11 @@ class CoreEvaluator:
     ) -> ResultRow:
         """Return a metric of sums with its bootstrap error."""
         value = float(definition.of(part.sums.totals()))
-        error = error_over_documents(part.sums.table, definition.of, **self._resampling())
-        name, unit, version = definition.name, definition.unit, definition.version
-        return ResultRow(name, value, unit, n, error, version, arm, encoder)
+        drawn = over_documents(part.sums.table, definition.of, **self._resampling())
+        return ResultRow(
+            definition.name, value, definition.unit, n, standard_error(drawn), definition.version,
+            arm, encoder, replicates=drawn,
+        )  # fmt: skip
 
 
 def _l0_floor(dictionary: Dictionary) -> float:

@@ -156,7 +156,7 @@ def label_rows(
     naming: Naming, measured: Measured, classes: Sequence[str], n: int
 ) -> Iterator[ResultRow]:
     """Yield the mean over labels, then a row per label."""
-    yield _row(naming, "", measured.mean, 0, n)
+    yield _row(naming, "", measured.mean, 0, n, keep=True)
     for place, label in enumerate(classes):
         yield _row(naming, f"({label})", measured, place, n)
 
@@ -181,10 +181,12 @@ def count_rows(labelled: Labelled, evaluator: str, version: int) -> Iterator[Res
         )
 
 
-def _row(naming: Naming, label: str, measured: Measured, place: int, n: int) -> ResultRow:
+def _row(
+    naming: Naming, label: str, measured: Measured, place: int, n: int, *, keep: bool = False
+) -> ResultRow:
     drawn = measured.replicates[:, place]
     return ResultRow(
         f"{naming.metric}{naming.suffix}{label}", float(measured.values[place]), naming.unit, n,
         standard_error(drawn[~drawn.isnan()]), naming.version, naming.arm, naming.encoder,
-        naming.evaluator,
+        naming.evaluator, drawn if keep else None,
     )  # fmt: skip

@@ -40,7 +40,7 @@ from saelab.ops.linalg import unit_rows
 from saelab.ops.shuffle import generator
 from saelab.ops.tree import levels_of, strata
 from saelab.protocols import Dictionary, LanguageModel, PlantedStore, Store, Truth
-from saelab.stats import ResultRow, error_over_documents
+from saelab.stats import ResultRow, over_documents, standard_error
 from saelab.types import Batch
 
 Oracle = Literal["linear", "omp", "support"]
@@ -264,12 +264,13 @@ class TruthEvaluator:
         """Return a metric of sums with its bootstrap error."""
         config, arm, n = self.config, scores.arm, scores.firing.n
         value = float(what.of(part.sums.totals()))
-        error = error_over_documents(
+        drawn = over_documents(
             part.sums.table, what.of, resamples=config.resamples, seed=config.seed
         )
         return ResultRow(
-            what.name, value, what.unit, n, error, what.version, arm.name, arm.encoder, "truth"
-        )
+            what.name, value, what.unit, n, standard_error(drawn), what.version, arm.name,
+            arm.encoder, "truth", drawn,
+        )  # fmt: skip
 
 
 def _direction_rows(

@@ -9,6 +9,7 @@ from test_line import toy
 import saelab
 from saelab import artifacts, leaderboard, pipeline, planning, report
 from saelab.errors import ConfigError
+from saelab.results import read_rows
 
 EVALUATE = {
     "evals": ["core", "probing", "concepts"],
@@ -48,7 +49,7 @@ def test_topics_are_told_from_activations_and_words(results):
     paths, _ = results
     assert len(paths) == 3
     for path in paths:
-        cells = {(row["arm"], row["name"]): row for row in report.read_rows(path)}
+        cells = {(row["arm"], row["name"]): row for row in read_rows(path)}
         assert cells["corpus", "probing_labels"]["value"] == 4
         assert cells["bag_of_words", "probe_auc[all,max]"]["value"] > 0.9
         assert cells["raw", "probe_auc[all,mean]"]["value"] > 0.65
@@ -61,7 +62,7 @@ def test_controls_are_the_same_for_every_dictionary(results):
     first, *others = (
         {
             row["name"]: (row["value"], row["standard_error"])
-            for row in report.read_rows(path)
+            for row in read_rows(path)
             if row["arm"] == arm and row["evaluator"] in ("probing", "concepts")
         }
         for path in results[0]

@@ -31,7 +31,7 @@ def sums_of(values: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
 
 def test_the_error_of_a_mean_is_that_of_its_documents_not_of_its_rows():
     values, documents = world(100, 0)
-    found = stats.error_over_documents(sums_of(values, documents), mean)
+    found = stats.standard_error(stats.over_documents(sums_of(values, documents), mean))
     per_document = values.view(100, 10).mean(1)
     assert found == pytest.approx(float(per_document.std()) / 10, rel=0.07)
     assert found > 1.5 * float(values.std()) / 1000**0.5
@@ -41,7 +41,7 @@ def test_intervals_of_two_errors_cover_the_truth_about_as_often_as_they_should()
     covered = 0
     for seed in range(100):
         sums = sums_of(*world(40, seed))
-        error = stats.error_over_documents(sums, mean, resamples=200, seed=seed)
+        error = stats.standard_error(stats.over_documents(sums, mean, resamples=200, seed=seed))
         assert error is not None
         covered += abs(float(mean(sums.sum(0, keepdim=True)))) < 2 * error
     assert 88 <= covered <= 99
@@ -97,7 +97,7 @@ def test_a_paired_difference_is_surer_than_its_parts():
     values, documents = world(50, 0)
     a, b = sums_of(values, documents), sums_of(values + 0.01 * values.abs(), documents)
     difference = stats.paired_difference(b, a, mean)
-    alone = stats.error_over_documents(a, mean)
+    alone = stats.standard_error(stats.over_documents(a, mean))
     assert difference.value == pytest.approx(float(0.01 * values.abs().mean()))
     assert difference.low < difference.value < difference.high
     assert difference.standard_error is not None
@@ -106,9 +106,9 @@ def test_a_paired_difference_is_surer_than_its_parts():
 
 
 def test_one_document_or_undefined_resamples_have_no_error():
-    assert stats.error_over_documents(torch.ones(1, 2), mean) is None
+    assert stats.over_documents(torch.ones(1, 2), mean) is None
     assert stats.standard_error(torch.tensor([1.0, float("nan")])) is None
-    assert stats.error_over_documents(torch.ones(5, 2), mean) == 0
+    assert stats.standard_error(stats.over_documents(torch.ones(5, 2), mean)) == 0
 
 
 def test_the_median_error_of_a_row_is_relative_to_the_centre():
@@ -134,3 +134,13 @@ def test_benjamini_hochberg_is_its_definition():
     p = torch.tensor([0.01, 0.04, 0.03, 0.5], dtype=torch.float64)
     expected = [0.04, 0.04 * 4 / 3, 0.04 * 4 / 3, 0.5]
     assert stats.benjamini_hochberg(p).tolist() == pytest.approx(expected)
+
+
+def test_the_difference_of_two_methods_resamples_is_the_paired_difference():
+    first, second = sums_of(*world(40, 0)), sums_of(*world(40, 1))
+    second = 0.9 * first + 0.1 * second
+    found = stats.paired_difference(first, second, mean, seed=5)
+    drawn = [stats.bootstrap(sums, mean, seed=5) for sums in (first, second)]
+    again = stats.Difference.of(found.value, drawn[0] - drawn[1])
+    assert again.standard_error == pytest.approx(found.standard_error)
+    assert (again.low, again.high) == (pytest.approx(found.low), pytest.approx(found.high))

@@ -4,9 +4,10 @@ import math
 import sys
 
 import pytest
+import torch
 from fabricated import member, row, scores, store
 from saelab_experiments import curves, plots
-from saelab_experiments.lines import Line, Point, Score, at, controls, lines_of, weights
+from saelab_experiments.lines import Line, Point, Score, at, controls, lead, lines_of, weights
 
 from saelab import artifacts, pipeline
 from saelab.errors import ArtifactError, ConfigError, SaelabError
@@ -79,6 +80,39 @@ def test_a_seed_far_from_the_l0_does_not_count():
 def test_an_error_that_is_not_known_somewhere_is_not_known():
     line = Line("a", [point(16, 16, 0.4, None), point(64, 64, 0.2)])
     assert at(line, "fvu", 32).error is None
+
+
+# -------------------------------------------------------------------------------------- resamples
+
+
+def drawn(budget, l0, fvu, noise, seed=0):
+    return Point(budget, seed, l0, {"fvu": Score(fvu, 9.9, fvu + noise)})
+
+
+def test_the_error_of_an_interpolated_value_is_that_of_its_resamples():
+    noise = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    line = Line("a", [drawn(16, 16, 0.4, noise), drawn(64, 64, 0.2, -noise)])
+    assert at(line, "fvu", 16).error == pytest.approx(float(noise.std()))
+    assert at(line, "fvu", 32).error == pytest.approx(0, abs=1e-12)  # half of each
+
+
+def test_a_lead_is_paired_by_documents():
+    noise = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = (Line(name, [drawn(32, 32, fvu, noise)]) for name, fvu in (("a", 0.3), ("b", 0.2)))
+    found = lead(a, b, "fvu", 32)
+    assert found.value == pytest.approx(0.1)
+    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert lead(a, Line("c", [point(32, 32, 0.2)]), "fvu", 32) is None
+
+
+def test_a_lead_over_seeds_is_as_wide_as_the_seeds_differ():
+    none = torch.zeros(2000, dtype=torch.float64)
+    a = Line("a", [drawn(32, 32, 0.3 + 0.1 * seed, none, seed) for seed in range(3)])
+    b = Line("b", [drawn(32, 32, 0.2, none, seed) for seed in range(1, 4)])
+    found = lead(a, b, "fvu", 32)  # seeds 1 and 2 are common: .2 and .3
+    assert found.value == pytest.approx(0.25)
+    assert (found.low, found.high) == (pytest.approx(0.2), pytest.approx(0.3))
+    assert found.standard_error == pytest.approx(0.05 / 2**0.5, rel=0.05)
 
 
 # ----------------------------------------------------------------------------------------- a folder
@@ -175,7 +209,8 @@ def test_the_table_has_a_line_per_type_by_fvu_and_then_the_controls(board):
     value = (1 - share) * 0.25 + share * 0.135
     assert gated[1] == "3"
     assert gated[2] == f"{value:.3f} ± 0.010; seeds {0.01 * share:.2g}"
-    assert gated[5] == "33; seeds 0"
+    assert gated[5:7] == ["", ""]  # no resamples were kept
+    assert gated[7] == "33; seeds 0"
     assert wide[2] == "0.200 ± 0.010 †"
     assert wide[-1] == "10 |"
 
