@@ -40,7 +40,7 @@ class CorpusConfig(Config):
     context: int = Field(128, ge=2)
     """Length of a window, in tokens."""
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of the documents that is held out, by the hash of their text."""
+    """Share of the documents that is held out, by the hash of their text (or of `split_field`)."""
     packing: Literal["document", "concat", "whole"] = "document"
     """`document`: a window holds one document. `concat`: documents of one split are joined, with
     EOS between, into groups of at least 4 windows. `whole`: as many whole documents as fit share a
@@ -53,6 +53,9 @@ class CorpusConfig(Config):
     """Column of the text; by default `text`, or the only column that holds text."""
     label_field: str | None = None
     """Column whose value is kept with each document."""
+    split_field: str | None = None
+    """Column whose values are held out as a whole, such as the thread or the film that a text is
+    about; by default each text by itself."""
     sample_by: SampleBy = "file"
     """What a document is in plain text files."""
     split: str = "train"
@@ -113,6 +116,8 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
     """Return what of a corpus goes into a stage key: its fields and the source's checksum."""
     fields = config.plain()
     del fields["streaming"]
+    if config.split_field is None:  # it came later: older stores keep their keys
+        del fields["split_field"]
     return fields | {"checksum": checksum(config.source)}
 
 
@@ -202,6 +207,7 @@ def _documents(config: CorpusConfig, report: CorpusReport) -> Iterator[Document]
         config.label_field,
         config.sample_by,
         config.streaming,
+        config.split_field,
     )
     seen: set[bytes] = set()
     for record in _shuffled(records(request), config.shuffle):
@@ -213,7 +219,8 @@ def _documents(config: CorpusConfig, report: CorpusReport) -> Iterator[Document]
             report.duplicates += 1
             continue
         seen.add(sha.digest()[:16])
-        heldout = is_heldout(sha.hexdigest(), config.holdout)
+        group = hashlib.sha256(str(record.group).encode()) if config.split_field else sha
+        heldout = is_heldout(group.hexdigest(), config.holdout)
         yield Document(-1, sha.hexdigest(), heldout, record.text, record.label)
 
 

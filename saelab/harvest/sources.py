@@ -49,6 +49,7 @@ class Request:
     label_field: str | None
     sample_by: SampleBy
     streaming: bool
+    split_field: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Record:
     label: Label
     origin: str
     """File and line, or number in the data set: for messages."""
+    group: Label = None
+    """Value of the column that splits."""
 
 
 def records(request: Request) -> Iterator[Record]:
@@ -226,16 +229,14 @@ def _table_records(rows: Any, entry: _Entry, request: Request) -> Iterator[Recor
     if entry.suffix == ".tab":  # Orange: the second line holds types, the third roles
         next(rows, None), next(rows, None)
     text = columns.index(_text_column(columns, columns, request, entry.name))
-    label = (
-        columns.index(_known(request.label_field, columns, entry.name))
-        if request.label_field
-        else -1
+    label, group = (
+        columns.index(_known(field, columns, entry.name)) if field else None
+        for field in (request.label_field, request.split_field)
     )
     for row in rows:
-        if len(row) > max(text, label):
-            yield Record(
-                row[text], row[label] if label >= 0 else None, f"{entry.name}, line {rows.line_num}"
-            )
+        if len(row) > max(text, label or 0, group or 0):
+            own = (None if place is None else row[place] for place in (label, group))
+            yield Record(row[text], next(own), f"{entry.name}, line {rows.line_num}", next(own))
 
 
 def _text_column(columns: list[str], textual: list[str], request: Request, name: str) -> str:
@@ -352,16 +353,17 @@ def _dataset_records(rows: Any, name: str, request: Request) -> Iterator[Record]
         if column is None:
             textual = _textual(row, getattr(rows, "features", None) or {})
             column = _text_column(list(row), textual, request, name)
-            if request.label_field:
-                _known(request.label_field, list(row), name)
+            fields = request.label_field, request.split_field
+            for field in filter(None, fields):
+                _known(field, list(row), name)
         text = "" if row[column] is None else row[column]
         if not isinstance(text, str):
             raise CorpusError(
                 f"{name}, record {number}: column {column!r} should hold text, but holds "
                 f"{type(text).__name__}; name another with corpus.text_field"
             )
-        label = row[request.label_field] if request.label_field else None
-        yield Record(text, label, f"{name}, record {number}")
+        label, group = (row[field] if field else None for field in fields)
+        yield Record(text, label, f"{name}, record {number}", group)
 
 
 def _textual(row: dict[str, Any], features: Any) -> list[str]:

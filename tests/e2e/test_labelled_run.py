@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from saelab_experiments import labelled
 from test_line import toy
 
 import saelab
@@ -70,6 +71,19 @@ def test_controls_are_the_same_for_every_dictionary(results):
     )
     assert first
     assert all(other == first for other in others)
+
+
+def test_the_table_of_labels_pairs_every_row_with_one_member(results):
+    said: list[str] = []
+    labelled.main([str(results[1]), "--against", "abs_topk"], said.append)
+    text = "".join(said)
+    assert "4 labels, " in text
+    rows = {line.split(" | ")[0].strip("| *"): line for line in text.splitlines() if "|" in line}
+    assert "<br>" not in rows["toy-abs_topk-24-4"]
+    for name in ("toy-topk-48-4", "toy-supervised-4", "bag_of_words", "raw", "linear_probe"):
+        assert "<br>" in rows[name]
+    with pytest.raises(ConfigError, match="--against top: no member of this run; did you mean"):
+        labelled.main([str(results[1]), "--against", "top"])
 
 
 def test_the_scorecard_and_the_ranking_show_them(results):

@@ -352,6 +352,32 @@ def test_orange_tables_have_two_more_header_lines(tmp_path):
     assert found(path, label_field="Category") == [("a" * 30, "sci"), ("b" * 30, "rec")]
 
 
+@pytest.mark.parametrize("name", ["films.csv", "films.jsonl"])
+def test_texts_about_one_film_are_held_out_together(tmp_path, name):
+    rows = [(f"{n:03d}" + "x" * 17, f"film {n % 9}") for n in range(45)]
+    path = tmp_path / name
+    if name.endswith("csv"):
+        path.write_text("text,film\n" + "".join(f"{text},{film}\n" for text, film in rows))
+    else:
+        path.write_text("".join(json.dumps({"text": t, "film": f}) + "\n" for t, f in rows))
+    wanted = {text: is_heldout(hashlib.sha256(f.encode()).hexdigest(), 0.3) for text, f in rows}
+    windows, _ = read(source=str(path), tokens=900, context=20, split_field="film")
+    assert {d.text: d.heldout for w in windows for d in w.begins} == wanted
+    assert 0 < sum(wanted.values()) < 45
+    with pytest.raises(CorpusError, match="has no column 'movie'"):
+        read(source=str(path), tokens=900, split_field="movie")
+
+
+def test_the_key_of_a_corpus_knows_what_splits_it_only_where_something_does(tmp_path):
+    path = as_lines(tmp_path / "a.txt", ["some text"])
+    plain = corpora.identity(CorpusConfig.parse({"source": path, "tokens": 9}))
+    split = corpora.identity(
+        CorpusConfig.parse({"source": path, "tokens": 9, "split_field": "film"})
+    )
+    assert "split_field" not in plain
+    assert split == plain | {"split_field": "film"}
+
+
 def test_a_folder_or_pattern_of_texts_is_one_document_per_file(tmp_path):
     for name, text in zip("ba", ROWS, strict=True):
         (tmp_path / f"{name}.txt").write_text(text)

@@ -1,0 +1,140 @@
+"""What latents tell of documents' labels: dictionaries beside what they are held against.
+
+    python -m saelab_experiments.labelled runs/concepts --against topk --output docs/concepts.md
+
+A row per member of a run that was scored by `concepts` or `probing`, then the arms that do not
+depend on a member (supervised directions, raw coordinates, random directions, a bag of words).
+Cells are means over labels with one standard error over documents; below each stands the
+difference to the member of `--against` with its 95 % interval, paired by documents.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saelab import artifacts, leaderboard
+from saelab.errors import ArtifactError, ConfigError, SaelabError, nearest
+from saelab.leaderboard import Scored
+from saelab.report import pretty
+from saelab.stats import Difference
+
+COLUMNS = {
+    "concept_auc[max]": "concept AUC, max",
+    "concept_auc[mean]": "concept AUC, mean",
+    "snmf_score": "SNMF score",
+    "probe_auc[k=1,max]": "probe AUC, k 1",
+    "probe_auc[k=5,max]": "k 5",
+    "probe_auc[k=20,max]": "k 20",
+    "probe_auc[all,max]": "all columns",
+}
+SHARED = ("mean_difference", "linear_probe", "raw", "random_directions", "bag_of_words")
+"""Arms that stand in every member's results, the same in all."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: an arm of some member's results."""
+
+    label: str
+    member: Scored
+    arm: str
+
+
+def lines_of(board: Sequence[Scored]) -> list[Line]:
+    """Return the members in the order of the run's names, then the arms that all share."""
+    members = [Line(one.name, one, "dictionary") for one in sorted(board, key=lambda s: s.name)]
+    first = members[0].member
+    arms = {arm for arm, name in first.cells if name in COLUMNS}
+    return members + [Line(arm, first, arm) for arm in SHARED if arm in arms]
+
+
+def lead(line: Line, other: Line, metric: str) -> Difference | None:
+    """Return line − other, paired by documents; None where either has no resamples."""
+    mine, theirs = (one.member.replicates(metric, one.arm) for one in (line, other))
+    if mine is None or theirs is None or len(mine) != len(theirs):
+        return None
+    rows = [one.member.row(metric, one.arm) for one in (line, other)]
+    assert rows[0] is not None
+    assert rows[1] is not None
+    return Difference.of(rows[0]["value"] - rows[1]["value"], mine - theirs)
+
+
+def table(board: Sequence[Scored], against: str) -> list[str]:
+    """Return the Markdown table of a board. Raises ConfigError if no member is called so."""
+    lines = lines_of(board)
+    named = [line for line in lines if line.member.type == against or line.label == against]
+    if not named:
+        known = sorted({line.member.type for line in lines})
+        raise ConfigError(f"--against {against}: no member of this run; {nearest(against, known)}")
+    reference = named[0]
+    shown = [m for m in COLUMNS if any(line.member.row(m, line.arm) for line in lines)]
+    heads = ["", *(COLUMNS[m] for m in shown)]
+    rows = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * len(shown)]
+    for line in lines:
+        bold = line.arm == "dictionary"
+        cells = [f"**{line.label}**" if bold else line.label]
+        cells += [_cell(line, reference, metric) for metric in shown]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _cell(line: Line, reference: Line, metric: str) -> str:
+    row = line.member.row(metric, line.arm)
+    if row is None:
+        return ""
+    text = pretty(row["value"], row["standard_error"])
+    found = None if line is reference else lead(line, reference, metric)
+    if found is None:
+        return text
+    return f"{text}<br>{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+
+
+def page(folders: Sequence[Path], against: str) -> str:
+    """Return the page of some runs, a table each. Raises ArtifactError for one without labels."""
+    parts: list[str] = []
+    for folder in folders:
+        members = [s for s in leaderboard.scored(folder) if any(map(s.row, COLUMNS))]
+        if not members:
+            raise ArtifactError(
+                f"{folder} holds no scores of labels: evaluate with evals: [concepts, probing]"
+            )
+        for board in leaderboard.boards(members, next(iter(COLUMNS))):
+            parts += [f"## {board[0].results.parent('store').name}, {board[0].site}", ""]
+            parts += [_counts(board[0]), "", *table(board, against), ""]
+    return "\n".join(parts)
+
+
+def _counts(one: Scored) -> str:
+    found = {
+        what: row["value"]
+        for what in ("labels", "documents")
+        for name in ("concepts", "probing")
+        if (row := one.row(f"{name}_{what}", "corpus")) is not None
+    }
+    return f"{found['labels']:.0f} labels, {found['documents']:,.0f} documents."
+
+
+def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
+    """Print the tables, or write them to `--output`."""
+    parser = argparse.ArgumentParser(prog="python -m saelab_experiments.labelled")
+    parser.add_argument("runs", type=Path, nargs="+", help="runs' `out` folders")
+    parser.add_argument("--against", default="topk", help="type or name of a member (topk)")
+    parser.add_argument("--output", type=Path, help="Markdown file; printed if left out")
+    given = parser.parse_args(argv)
+    text = page(given.runs, given.against)
+    if given.output is None:
+        say(text)
+    else:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_file(given.output, text.encode())
+        say(f"wrote {given.output}\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except SaelabError as error:
+        sys.exit(f"error: {error}")
