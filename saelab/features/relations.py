@@ -6,8 +6,10 @@ holds most of: its *first* concept.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from saelab.features.read import Features, document_at
 from saelab.metrics.purity import Purity, label_purity
@@ -161,6 +163,24 @@ def overlapping(features: Features, node: int, limit: int = 10) -> list[Overlap]
         for other, shared, product, gist, n, their_energy in rows
     ]  # fmt: skip
     return sorted(found, key=lambda other: (-other.jaccard, other.id))[:limit]
+
+
+def overlaps(features: Features, nodes: Sequence[int]) -> list[list[float]] | None:
+    """Return the Jaccard index of the neurons of each two nodes; None if none has neurons."""
+    users: dict[int, list[int]] = defaultdict(list)
+    place = {node: i for i, node in enumerate(nodes)}
+    sizes = [0] * len(nodes)
+    for node, neuron in features.query("SELECT latent, neuron FROM neuron ORDER BY latent, rank"):
+        if node in place:
+            users[neuron].append(place[node])
+            sizes[place[node]] += 1
+    if not users:
+        return None
+    shared = np.zeros((len(nodes), len(nodes)))
+    for together in users.values():
+        shared[np.ix_(together, together)] += 1
+    either = np.add.outer(sizes, sizes) - shared
+    return np.divide(shared, either, where=either > 0, out=np.zeros_like(shared)).tolist()
 
 
 def _level_of(features: Features, node: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ first, and its share is taken among the others; for random examples that is the 
 average.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,16 @@ class Purity:
     @property
     def p_value(self) -> float:
         """Probability of as many hits or more if examples were drawn at random (binomial)."""
+        return self._chance(self.hits)
+
+    def chance_of(self, lift: float) -> float:
+        """Return the probability that as many random examples reach this lift or more."""
+        return self._chance(math.ceil(lift * self.base * self.n - 1e-9))
+
+    def _chance(self, hits: int) -> float:
         from scipy.stats import binom
 
-        return float(binom.sf(self.hits - 1, self.n, self.base))
+        return float(binom.sf(hits - 1, self.n, self.base))
 
 
 def label_purity(labels: Sequence[str], counts: Mapping[str, int]) -> Purity | None:

@@ -40,7 +40,10 @@ def test_the_base_rate_is_the_labels_share_of_all_and_p_the_sum_of_binomials():
     found = label_purity([*"aaabacaaab"], {"a": 10, "b": 25, "c": 5})
     assert (found.label, found.hits, found.n, found.base) == ("a", 2, 5, 0.25)
     tail = sum(math.comb(5, k) * 0.25**k * 0.75 ** (5 - k) for k in (2, 3, 4, 5))
-    assert found.p_value == pytest.approx(tail)
+    assert found.p_value == pytest.approx(tail) == found.chance_of(1.6)
+    assert found.chance_of(2.0) == pytest.approx(tail - math.comb(5, 2) * 0.25**2 * 0.75**3)
+    assert found.chance_of(0.0) == 1
+    assert found.chance_of(4.01) == 0
 
 
 def test_of_equally_common_labels_the_strongest_examples_is_chosen():

@@ -182,6 +182,15 @@ def test_neurons_and_overlaps_are_those_of_the_sets_of_weights(grouped):
         assert relations.overlapping(grouped, latent, limit=1) == found[:1]
 
 
+def test_the_matrix_of_overlaps_is_jaccards_in_the_given_order(grouped):
+    sets = [set(row.nonzero().squeeze(1).tolist()) for row in Grouped().W_dec]
+    order = [5, 0, 11]
+    wanted = [[len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for b in order] for a in order]
+    torch.testing.assert_close(
+        torch.tensor(relations.overlaps(grouped, order)), torch.tensor(wanted)
+    )
+
+
 def test_only_so_many_neurons_are_kept(tmp_path):
     config = CONFIG.model_copy(update={"neurons": 2})
     folder, _ = make(tmp_path, dictionary=Grouped(), config=config)
@@ -195,6 +204,7 @@ def test_a_plain_dictionary_has_no_tree_no_neurons_no_origin_and_no_labels(tmp_p
     assert opened.levels == [13]
     assert relations.forest(opened) == relations.parents(opened, 0) == []
     assert relations.neurons(opened, 0) == relations.overlapping(opened, 0) == []
+    assert relations.overlaps(opened, [0, 1]) is None
     assert opened.latent(0).origin is None
     assert relations.purities(opened) == {}
     assert opened.latent(0).groups[0].examples[0].label is None
