@@ -16,7 +16,7 @@ transaction, so equal inputs give equal bytes; an interrupted build starts again
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +186,7 @@ class _Writer:
         report("windows", 1.0)
         return facts
 
-    def _insert(self, table: str, rows: Iterator[tuple[Any, ...]] | list[tuple[Any, ...]]) -> None:
+    def _insert(self, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
         columns = [c[1] for c in self.db.execute(f"PRAGMA table_info({table})")]
         marks = ", ".join("?" * len(columns))
         self.db.executemany(
