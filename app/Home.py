@@ -12,6 +12,7 @@ page = st.navigation(
         for name, title, icon in (
             ("runs", "Runs", ":material/grid_view:"),
             ("feature", "Feature", ":material/radar:"),
+            ("tree", "Concept tree", ":material/account_tree:"),
             ("text", "Try your text", ":material/edit_note:"),
         )
     ],

@@ -31,6 +31,13 @@ class Entry:
         """Name and the first digits of the key, as in the folder's name."""
         return self.id
 
+    @property
+    def levels(self) -> list[int]:
+        """Numbers of latents, and of concepts above them, in its index; empty without one."""
+        if self.features is None:
+            return []
+        return artifacts.read_manifest(self.features).facts.get("levels", [])
+
     def row(self, name: str, arm: str = "dictionary") -> dict[str, Any] | None:
         """Return the result row of a metric, or None if it was not computed."""
         for row in self.results:

@@ -1,4 +1,4 @@
-"""A run's folder for the app's tests, made by hand: a toy model, two dictionaries, one index."""
+"""Runs' folders for the app's tests, made by hand on a toy model."""
 
 import json
 import random
@@ -8,11 +8,16 @@ import torch
 
 from saelab import artifacts
 from saelab.artifacts import Parent
+from saelab.dictionaries.base import BaseDictionary
+from saelab.dictionaries.itda import ITDA, ITDAConfig
+from saelab.dictionaries.semi_nmf import SemiNMF, SemiNMFConfig
 from saelab.dictionaries.topk import TopK, TopKConfig
 from saelab.features.build import IndexConfig, build
 from saelab.models.toy import ToyModel
-from saelab.protocols import SiteStats, Store
-from saelab.types import Batch, Window
+from saelab.ops.linalg import unit_rows
+from saelab.ops.nnls import nnls
+from saelab.protocols import LabelledStore, SiteStats, Store
+from saelab.types import Batch, Document, Window
 
 SITE = "blocks.1.hook_resid_post"
 _SUBJECTS = ("The minister", "A man of two years", "Some people", "<script>alert('x')</script>")
@@ -55,13 +60,13 @@ class TextStore(Store):
             parts.append(model.capture(run.ids[None], [SITE])[SITE][0])
         self.x = torch.cat(parts)
         self.kept = torch.cat([w.kept for w in self.windows_])
-        self.document = torch.cat([w.document for w in self.windows_])
+        self.documents = torch.cat([w.document for w in self.windows_])
 
     def width(self, site):
         return self.x.shape[1]
 
     def n_kept(self, site, split):
-        held = self.document % 5 == 4
+        held = self.documents % 5 == 4
         wanted = {"all": held | ~held, "heldout": held, "train": ~held}[split]
         return int((self.kept & wanted).sum())
 
@@ -72,10 +77,59 @@ class TextStore(Store):
 
     def scan(self, site, *, batch, split="all", masked=False, target=None):
         for rows in self.kept.nonzero().squeeze(1).split(batch):
-            yield Batch(self.x[rows], self.x[rows], rows, self.document[rows])
+            yield Batch(self.x[rows], self.x[rows], rows, self.documents[rows])
 
     def windows(self, site, *, split="all", limit=None):
         yield from self.windows_
+
+
+class TopicStore(TextStore, LabelledStore):
+    """The same, of documents of three topics."""
+
+    n_documents = 60
+
+    def document(self, number):
+        return Document(
+            number, str(number), number % 5 == 4, "", ("home", "<sea>", "sky")[number % 3]
+        )
+
+
+def make_related_run(out: Path) -> Path:
+    """Fill a folder with a hierarchy and with a dictionary of the store's own rows; return it."""
+    model = ToyModel(0, torch.device("cpu"))
+    store = TopicStore(model, 24)
+    for number, dictionary in enumerate((_hierarchy(store), _atoms(store))):
+        name = f"toy-{dictionary.config.type}"
+        parent = _dictionary(out, dictionary, name, str(number) * 64)
+        _index(out, parent, dictionary, store, model)
+    return out
+
+
+def _hierarchy(store: TextStore) -> SemiNMF:
+    d, g = store.width(SITE), torch.Generator().manual_seed(0)
+    config = {"d_in": d, "d_sae": 12, "keep": 0.2, "levels": [12, 5, 2]}
+    made = SemiNMF(SemiNMFConfig.parse({"type": "semi_nmf", **config}))
+    sparse = torch.randn(12, d, generator=g) * (torch.rand(12, d, generator=g) < 0.2)
+    levels = [unit_rows(sparse), *(unit_rows(torch.randn(n, d, generator=g)) for n in (5, 2))]
+    with torch.no_grad():
+        made.W_dec.copy_(levels[0])
+        for level in (1, 2):
+            made.features(level).copy_(levels[level])
+            made.tree(level).copy_(nnls(levels[level - 1], levels[level]))
+    return made
+
+
+def _atoms(store: TextStore) -> ITDA:
+    config = {"type": "itda", "d_in": store.width(SITE), "d_sae": 16, "k": 3, "threshold": 0.1}
+    made = ITDA(ITDAConfig.parse(config))
+    batch = next(store.scan(SITE, batch=200))
+    made.begin_(batch.x.mean(0), batch.x, len(batch))
+    made.partial_fit(batch)
+    rows = made.unplaced()
+    windows = torch.searchsorted(store.first, rows, right=True) - 1
+    tokens = torch.cat([window.ids for window in store.windows_])
+    made.place_(rows - store.first[windows], tokens[rows].long())
+    return made
 
 
 def make_run(out: Path) -> Path:
@@ -93,14 +147,15 @@ def make_run(out: Path) -> Path:
     return out
 
 
-def _facts(dictionary: TopK) -> dict:
+def _facts(dictionary: BaseDictionary) -> dict:
     return {
-        "type": "topk", "d_in": dictionary.d_in, "d_sae": dictionary.d_sae, "k": 6, "site": SITE,
+        "type": dictionary.config.type, "d_in": dictionary.d_in, "d_sae": dictionary.d_sae,
+        "k": 6, "site": SITE,
         "tokens": 1000, "config": {}, "model": {"source": "toy", "dtype": "float32", "name": "toy"},
     }  # fmt: skip
 
 
-def _dictionary(out: Path, dictionary: TopK, name: str, key: str) -> Parent:
+def _dictionary(out: Path, dictionary: BaseDictionary, name: str, key: str) -> Parent:
     with artifacts.open_draft(out, "dictionary", name, key) as draft:
         dictionary.save(draft.folder)
         draft.write("metrics.jsonl", _log(60))
@@ -142,7 +197,9 @@ def _row(name: str, value: float, error: float | None, arm: str) -> dict:
     }  # fmt: skip
 
 
-def _index(out: Path, parent: Parent, dictionary: TopK, store: TextStore, model: ToyModel) -> None:
+def _index(
+    out: Path, parent: Parent, dictionary: BaseDictionary, store: TextStore, model: ToyModel
+) -> None:
     with artifacts.open_draft(out, "features", parent.name, parent.content_hash) as draft:
         facts = build(
             draft, dictionary, store, model, IndexConfig(batch=128), site=SITE,

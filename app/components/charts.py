@@ -1,11 +1,13 @@
 """Charts: plain numbers in, Plotly figures out; long series are thinned before they are sent."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 
 from saelab.features.read import Histogram
+from saelab.features.relations import TreeNode
 
 HELD, GREY = "#5269e0", "#8a94a3"
 CYCLE = ("#0f9687", "#d66014", "#5269e0", "#b8487e", "#8a7a10", "#3a8fd0", "#7a5bd0", "#5f6b7a")
@@ -99,6 +101,43 @@ def curves(
         )  # fmt: skip
     figure.update_xaxes(tickformat="~s", nticks=5)
     figure.update_yaxes(tickformat="~g", nticks=5)
+    return figure
+
+
+def icicle(roots: Sequence[TreeNode]) -> go.Figure:
+    """Return the trees side by side, the highest concepts at the left; a click opens a branch.
+
+    A node is as high as the nodes without children below it are many.
+    """
+    figure = _base(560)
+    nodes = [node for root in roots for node in root.walk()]
+    above = {child.id: str(node.id) for node in nodes for child in node.children}
+    labels = [escape(f"{node.id}  {node.gist or 'never fires'}") for node in nodes]
+    figure.add_icicle(
+        ids=["all", *(str(node.id) for node in nodes)],
+        labels=["all", *labels],
+        parents=["", *(above.get(node.id, "all") for node in nodes)],
+        values=[sum(root.n_leaves for root in roots), *(node.n_leaves for node in nodes)],
+        branchvalues="total", sort=False, root={"color": "rgba(0,0,0,0)"},
+        tiling={"orientation": "h", "pad": 1}, textposition="middle left",
+        hovertemplate="%{label}<br>%{value} below<extra></extra>",
+    )  # fmt: skip
+    figure.update_layout(iciclecolorway=CYCLE)
+    return figure
+
+
+def overlap(nodes: Sequence[int], jaccard: Sequence[Sequence[float]]) -> go.Figure:
+    """Return the share of neurons that nodes have in common, a row and a column for each."""
+    names = [str(node) for node in nodes]
+    figure = _base(620)
+    figure.add_heatmap(
+        x=names, y=names, z=jaccard, zmin=0, zmax=1, colorscale=[[0, "rgba(0,0,0,0)"], [1, HELD]],
+        hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
+    )  # fmt: skip
+    figure.update_xaxes(type="category", showticklabels=False, constrain="domain")
+    figure.update_yaxes(
+        type="category", showticklabels=False, autorange="reversed", scaleanchor="x"
+    )
     return figure
 
 

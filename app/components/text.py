@@ -104,8 +104,9 @@ def _rest(
     return "".join(parts)
 
 
-def example(item: Example, *, peak: float, context: int) -> str:
-    """Return one example: value, split, the text around, and the whole window on a click."""
+def example(item: Example, *, peak: float, context: int, whole: bool = False) -> str:
+    """Return one example: value, split, the text around, and the whole window on a click, or at
+    once."""
     first = max(0, item.position - context)
     last = min(len(item.strings), item.position + context + 1)
     snippet = tokens(
@@ -115,12 +116,13 @@ def example(item: Example, *, peak: float, context: int) -> str:
     before, after = "… " if first else "", " …" if last < len(item.strings) else ""
     split = badge("held-out", "held") if item.heldout else badge("train")
     shown = numbers.value(item.value)
+    label = "" if item.label is None else f" ({escape(item.label)})"
     rest = _rest(item.strings, item.strip, item, peak)
     return (
         f'<div class="sl-ex"><div class="side">{split}<span>{shown}</span></div>'
-        '<details><summary class="sl-text">'
+        f'<details{" open" if whole else ""}><summary class="sl-text">'
         f'<span class="snip"><i>{before}</i>{snippet}<i>{after}</i></span>'
-        f'<span class="less">▴ document {item.document}, window {item.window}, '
+        f'<span class="less">▴ document {item.document}{label}, window {item.window}, '
         f"position {item.position}</span></summary>"
         f'<div class="sl-text">{rest}</div></details></div>'
     )
@@ -156,10 +158,22 @@ def shares(found: Sequence[TokenShare]) -> str:
     return f'<table class="sl-bars">{rows}</table>'
 
 
+def chips(gist: str) -> str:
+    """Return what a latent fires on as chips."""
+    return " ".join(chip(token) for token in gist.split(" · ")) if gist else "never fires"
+
+
+def beside(value: float, gist: str, *, most: float = 1.0, about: str = "") -> str:
+    """Return how much another latent has to do with this one, and what it fires on.
+
+    The bar is a share of `most`; `about` is shown when hovering.
+    """
+    return (
+        f'<div class="sl-near" title="{escape(about)}"><div class="num">{value:.2f}</div>'
+        f'<div class="track">{bar(value / most)}</div><div class="gist">{chips(gist)}</div></div>'
+    )
+
+
 def near(other: Neighbour) -> str:
     """Return how near another decoder direction is, and what its latent fires on."""
-    gist = " ".join(chip(t) for t in other.gist.split(" · ")) if other.gist else "never fires"
-    return (
-        f'<div class="sl-near"><div class="num">{other.cosine:.2f}</div>'
-        f'<div class="track">{bar(other.cosine)}</div><div class="gist">{gist}</div></div>'
-    )
+    return beside(other.cosine, other.gist)

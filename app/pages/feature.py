@@ -1,13 +1,15 @@
 """Feature: what does one latent respond to, and what does it do?"""
 
 import random
+from collections.abc import Iterable
 
 import streamlit as st
 
 from saelab.errors import SaelabError
+from saelab.features import relations
 from saelab.features.read import ExampleGroup, Features, LatentPage, LatentStats
 from saelab_app import state
-from saelab_app.components import charts, numbers, pieces, text
+from saelab_app.components import charts, numbers, pieces, text, trees
 from saelab_app.library import Entry
 
 EXPLAINED = {
@@ -17,6 +19,8 @@ EXPLAINED = {
     "position-only": "nearly all of its firings are at one position of the window",
     "duplicate": "another decoder direction is almost the same",
 }
+RELATED = 12
+"""Most nodes in a list of children, parents or others with the same neurons."""
 
 
 def show() -> None:
@@ -42,9 +46,9 @@ def show() -> None:
         return
     latent = _latent(features)
     with number:
-        _number(latent, features.n_latents)
+        _number(latent, features.n_nodes)
     with step:
-        _steps(latent, features.n_latents)
+        _steps(latent, features.n_nodes)
     with find:
         words = st.text_input("Search", key="search", placeholder='token or text, e.g. " not"')
     if words:
@@ -58,7 +62,7 @@ def _latent(features: Features) -> int:
     """Return the latent in the URL; at first one that nothing has to be warned about."""
     given = state.chosen("latent", "")
     if given.isdigit():
-        latent = min(int(given), features.n_latents - 1)
+        latent = min(int(given), features.n_nodes - 1)
     else:
         sound = (s.id for s in features.table("id", 300) if not s.warnings)
         latent = next(sound, 0)
@@ -116,7 +120,7 @@ def _results(features: Features, words: str) -> None:
 @st.fragment
 def _browse(features: Features) -> None:
     """Draw all latents as a table that can be sorted; a chosen line is opened."""
-    stats = features.table("id", features.n_latents)
+    stats = features.table("id", features.n_nodes)
     picked = st.dataframe(
         {
             "latent": [s.id for s in stats],
@@ -152,17 +156,23 @@ def _page(entry: Entry, features: Features, latent: int) -> None:
     _header(page.stats, features)
     left, right = st.columns([1, 1.85], gap="large")
     with left:
-        _about(entry, page)
+        _about(page)
+        _related(features, latent)
+        if entry.path is not None and latent < features.n_latents:
+            _try(entry, latent)
     with right:
+        _origin(page, features)
         _examples(page, features.meta["index"]["context"])
 
 
 def _header(stats: LatentStats, features: Features) -> None:
-    gist = "".join(text.chip(t) + " " for t in stats.gist.split(" · ")) if stats.gist else ""
+    gist = text.chips(stats.gist) if stats.gist else ""
     warnings = "".join(pieces.badge(w, "warn", EXPLAINED[w]) for w in stats.warnings)
+    level = features.level_of(stats.id)
+    name = f"Concept {stats.id} · level {level}" if level else f"Latent {stats.id}"
     heldout = features.meta["n_heldout"]
     st.html(
-        f'<h1 class="sl-h1">Latent {stats.id}<small>{gist}</small></h1>{warnings}'
+        f'<h1 class="sl-h1">{name}<small>{gist}</small></h1>{warnings}'
         + pieces.stats(
             pieces.stat(
                 f"density · {numbers.one_in(stats.density)}".rstrip(" ·"),
@@ -180,7 +190,7 @@ def _header(stats: LatentStats, features: Features) -> None:
     )
 
 
-def _about(entry: Entry, page: LatentPage) -> None:
+def _about(page: LatentPage) -> None:
     if page.stats.fires:
         st.html(pieces.heading("Activations", "firings by value; blue: held-out, grey: train"))
         st.plotly_chart(charts.histogram(page.histogram), config=charts.PLAIN, key="histogram")
@@ -195,19 +205,79 @@ def _about(entry: Entry, page: LatentPage) -> None:
             f"{text.bars(page.logits.down, negative=True)}</div>"
         )
     st.html(pieces.heading("Nearest decoder directions", "cosine"))
+    _buttons("near", ((other.id, text.near(other)) for other in page.neighbours))
+
+
+def _buttons(kind: str, others: Iterable[tuple[int, str]]) -> None:
+    """Draw a line for each of some other nodes: a button that opens it, and what there is to say.
+
+    `kind` tells the buttons of one list from those of another.
+    """
     with st.container(gap=None):
-        for other in page.neighbours:
-            button, about = st.columns([1, 4], gap="small", vertical_alignment="center")
+        for node, about in others:
+            button, line = st.columns([1, 4], gap="small", vertical_alignment="center")
             button.button(
-                str(other.id), key=f"near {other.id}", on_click=_go, args=(other.id,),
+                str(node), key=f"{kind} {node}", on_click=_go, args=(node,),
                 type="tertiary", width="stretch",
             )  # fmt: skip
-            about.html(text.near(other))
-    if entry.path is not None:
-        st.page_link(
-            "pages/text.py", label="Try your own text on this latent", icon=":material/edit_note:",
-            query_params={"dictionary": entry.id, "latent": str(page.stats.id)},
-        )  # fmt: skip
+            line.html(about)
+
+
+def _related(features: Features, node: int) -> None:
+    """Draw the node's place in the tree, and the neurons it shares, where there are any."""
+    for kind, heading, links in (
+        ("parent", "Part of", relations.parents(features, node)),
+        ("child", "Made of", relations.children(features, node)),
+    ):
+        if links:
+            most = links[0].weight
+            st.html(pieces.heading(heading, _how_many(len(links))))
+            _buttons(
+                kind, ((x.id, text.beside(x.weight, x.gist, most=most)) for x in links[:RELATED])
+            )
+    uses = relations.neurons(features, node)
+    if not uses:
+        return
+    st.html(
+        pieces.heading("Neurons", f"weight, others that use it; {_how_many(len(uses))}")
+        + trees.neurons(uses[:RELATED])
+    )
+    others = relations.overlapping(features, node, RELATED)
+    if others:
+        st.html(pieces.heading("Shares neurons with", "share of the neurons of either"))
+        _buttons(
+            "overlap", ((o.id, text.beside(o.jaccard, o.gist, about=_shared(o))) for o in others)
+        )
+
+
+def _how_many(n: int) -> str:
+    return f"the first {RELATED} of {n}" if n > RELATED else f"{n} in all"
+
+
+def _shared(other: relations.Overlap) -> str:
+    return f"{other.shared} neurons in common, cosine {other.cosine:.2f}"
+
+
+def _try(entry: Entry, latent: int) -> None:
+    st.page_link(
+        "pages/text.py", label="Try your own text on this latent", icon=":material/edit_note:",
+        query_params={"dictionary": entry.id, "latent": str(latent)},
+    )  # fmt: skip
+
+
+def _origin(page: LatentPage, features: Features) -> None:
+    """Draw the place in the text that the latent is the activation of, if it is one."""
+    origin = page.origin
+    if origin is None:
+        return
+    token = text.plain(origin.strings[origin.position])
+    st.html(
+        pieces.heading("Where it comes from", "it is the activation at the underlined token")
+        + text.example(
+            origin, peak=abs(page.stats.peak), context=features.meta["index"]["context"], whole=True
+        )
+        + pieces.note(f"“{token}” in store {features.meta['store'][:8]}")
+    )
 
 
 def _examples(page: LatentPage, context: int) -> None:

@@ -1,9 +1,12 @@
 """The feature index: one pass over a store for all latents of a dictionary at once.
 
     1  encode every kept row once; spill the firings, sorted by latent (`events`)
-    2  per block of latents: counts, histogram, quantiles, examples with strips, tokens (`select`)
-    3  directions: logit effect and nearest others (`directions`)
-    4  copy in the windows that hold an example, and make the text search
+    2  directions: logit effect, nearest others, neurons (`directions`), edges of a tree (`nodes`)
+    3  per block of latents: counts, histogram, quantiles, examples with strips, tokens (`select`),
+       and the place in the text that a latent is made of, if it is (`origins`)
+    4  copy in the windows that are shown, with labels, and make the text search
+
+A dictionary with a hierarchy has the concepts above its latents indexed as latents are (`nodes`).
 
 Examples come from all rows, each marked train or held-out; densities and mean activations from
 held-out rows only (measurement page, section 13). All of it goes into one SQLite file in one
@@ -13,7 +16,7 @@ transaction, so equal inputs give equal bytes; an interrupted build starts again
 import json
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +30,15 @@ from saelab.artifacts import Draft
 from saelab.config import Config, canonical_json
 from saelab.errors import ShapeError
 from saelab.features import directions, schema, select
-from saelab.features.events import Block, Firings, collect
+from saelab.features.cells import named, pairs, short, shorts, window_row, word
+from saelab.features.events import Firings, collect
+from saelab.features.labels import Labels
+from saelab.features.nodes import Nodes
+from saelab.features.origins import origins
 from saelab.features.select import Layout, Sorted
+from saelab.features.strings import Strings
 from saelab.protocols import Dictionary, LanguageModel, Store
-from saelab.types import Window
+from saelab.types import holds_neurons
 
 Report = Callable[[str, float], None]
 """Called with the step's name and the share of it that is done."""
@@ -53,6 +61,8 @@ class IndexConfig(Config):
     """Tokens kept at either end of the logit effect."""
     neighbours: int = Field(default=10, ge=1)
     """Nearest decoder directions kept."""
+    neurons: int = Field(default=50, ge=1)
+    """Most neurons kept per latent, where its direction is a sum of an MLP's neurons."""
     tokens: int = Field(default=8, ge=1)
     """Tokens kept of those that a latent fires on most."""
     batch: int = Field(default=2048, ge=1)
@@ -95,10 +105,11 @@ def build(
     """
     source = Source(dictionary, store, model, site)
     _check(source)
+    nodes = Nodes.of(dictionary)
     layout = Layout.of(store.windows(site))
     n_kept = store.n_kept(site, "all")
     firings = collect(
-        dictionary, store, site,
+        nodes, store, site,
         folder=draft.scratch, batch=config.batch,
         progress=lambda done: report("encode", done / max(n_kept, 1)),
     )  # fmt: skip
@@ -106,7 +117,7 @@ def build(
     artifacts._syscall("write", temporary)
     db = schema.create(temporary)
     try:
-        writer = _Writer(db, source, config, layout)
+        writer = _Writer(db, source, nodes, config, layout)
         facts = writer.write(firings, meta or {}, report)
         artifacts._syscall("write", temporary)
         schema.close(db)
@@ -131,28 +142,42 @@ class _Writer:
     """Fills the tables of one database, in a fixed order."""
 
     def __init__(
-        self, db: sqlite3.Connection, source: Source, config: IndexConfig, layout: Layout
+        self,
+        db: sqlite3.Connection,
+        source: Source,
+        nodes: Nodes,
+        config: IndexConfig,
+        layout: Layout,
     ) -> None:
         self.db = db
         self.source = source
+        self.nodes = nodes
         self.config = config
         self.layout = layout
         self.n_heldout = source.store.n_kept(source.site, "heldout")
-        self.strings = _Strings(source)
+        self.strings = Strings(source.store, source.site, source.model)
+        self.labels = Labels(source.store)
         self.shown: set[int] = set()
         self.dead = self.too_few = 0
 
     def write(self, firings: Firings, meta: dict[str, Any], report: Report) -> dict[str, Any]:
-        d_sae = self.source.dictionary.d_sae
+        n = len(self.nodes)
         drawn = torch.Generator().manual_seed(self.config.seed)
-        shape = (d_sae, self.config.quantiles, self.config.per_quantile)
+        shape = (n, self.config.quantiles, self.config.per_quantile)
         draws = torch.rand(shape, generator=drawn, dtype=torch.float64)
         report("directions", 0.0)
         details = self._directions()
+        self._insert("edge", self._edges())
+        self._insert("neuron", self._neurons())
+        origin = origins(self.source.dictionary, self.layout)
         for block in firings.blocks():
             last = block.first + len(block.fires)
-            self._block(block, draws[block.first : last], details[block.first : last])
-            report("examples", last / d_sae)
+            mine = slice(block.first, last)
+            s = Sorted.of(block, self.layout)
+            self._latents(s, details[mine])
+            self._examples(s, draws[mine])
+            self._origins(s, origin[mine])
+            report("examples", last / n)
         report("windows", 0.0)
         self._windows()
         self._search()
@@ -161,7 +186,7 @@ class _Writer:
         report("windows", 1.0)
         return facts
 
-    def _insert(self, table: str, rows: Iterator[tuple[Any, ...]] | list[tuple[Any, ...]]) -> None:
+    def _insert(self, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
         columns = [c[1] for c in self.db.execute(f"PRAGMA table_info({table})")]
         marks = ", ".join("?" * len(columns))
         self.db.executemany(
@@ -173,33 +198,52 @@ class _Writer:
 
     def _directions(self) -> list[dict[str, Any]]:
         """Return per latent what its direction says: neighbours, logits if there is a model."""
-        W_dec = self.source.dictionary.W_dec.detach()
-        ids, cosines = directions.nearest(W_dec, self.config.neighbours)
-        details: list[dict[str, Any]] = [
-            {"norm": _short(norm), "neighbours": _pairs(i, c)}
-            for norm, i, c in zip(
-                W_dec.norm(dim=1).tolist(), ids.tolist(), cosines.tolist(), strict=True
-            )
-        ]
+        details: list[dict[str, Any]] = []
+        for level in self.nodes.levels:
+            first = len(details)
+            ids, cosines = directions.nearest(level, self.config.neighbours)
+            details += [
+                {"norm": short(norm), "neighbours": pairs(i, c)}
+                for norm, i, c in zip(
+                    level.norm(dim=1).tolist(), (ids + first).tolist(), cosines.tolist(),
+                    strict=True,
+                )
+            ]  # fmt: skip
         if self.source.model is None:
             return details
         for chunk in directions.logit_effects(
-            self.source.model, self.source.site, W_dec, self.config.logits
+            self.source.model, self.source.site, self.nodes.directions, self.config.logits
         ):
             names = self.strings.of(torch.cat([chunk.up.flatten(), chunk.down.flatten()]))
             for row in range(len(chunk.up)):
                 details[chunk.first + row]["logits"] = {
-                    "up": _named(chunk.up[row], chunk.up_values[row], names),
-                    "down": _named(chunk.down[row], chunk.down_values[row], names),
-                    "spread": _short(float(chunk.spread[row])),
+                    "up": named(chunk.up[row], chunk.up_values[row], names),
+                    "down": named(chunk.down[row], chunk.down_values[row], names),
+                    "spread": short(float(chunk.spread[row])),
                 }
         return details
 
+    def _edges(self) -> Iterator[tuple[int, int, float]]:
+        for child, parent, weight in self.nodes.edges():
+            yield from zip(
+                child.tolist(), parent.tolist(), map(short, weight.tolist()), strict=True
+            )
+
+    def _neurons(self) -> Iterator[tuple[int, int, int, float]]:
+        """Yield (latent, rank, neuron, weight), if coordinates are neurons."""
+        source = self.source
+        grouped = getattr(source.dictionary.config, "needs_neurons", False)
+        if not grouped and not holds_neurons(source.site):
+            return
+        *places, weights = directions.largest(self.nodes.directions, self.config.neurons)
+        yield from zip(
+            *(place.tolist() for place in places), map(short, weights.tolist()), strict=True
+        )
+
     # ------------------------------------------------------------------------------------- latents
 
-    def _block(self, block: Block, draws: Tensor, details: list[dict[str, Any]]) -> None:
-        s = Sorted.of(block, self.layout)
-        gists = self._tokens(s)
+    def _latents(self, s: Sorted, details: list[dict[str, Any]]) -> None:
+        block, gists = s.block, self._tokens(s)
         edges, bars = select.histogram(s, self.config.bins)
         groups = select.quantile_edges(s, self.config.quantiles)
         found = {k: v.tolist() for k, v in select.counts(s).items()}
@@ -207,14 +251,15 @@ class _Writer:
         for i, fires in enumerate(block.fires.tolist()):
             detail = details[i] | {
                 "histogram": {
-                    "edges": _shorts(edges[i]), "train": bars[i, 0].tolist(),
+                    "edges": shorts(edges[i]), "train": bars[i, 0].tolist(),
                     "heldout": bars[i, 1].tolist(),
                 },
-                "groups": [_shorts(g) for g in groups[i]],
+                "groups": [shorts(g) for g in groups[i]],
             }  # fmt: skip
             held = found["fires_heldout"][i]
-            self.dead += fires == 0
-            self.too_few += held < schema.ENOUGH
+            if block.first + i < self.source.dictionary.d_sae:
+                self.dead += fires == 0
+                self.too_few += held < schema.ENOUGH
             neighbours = detail["neighbours"]
             rows.append(
                 (
@@ -231,7 +276,6 @@ class _Writer:
                 )
             )  # fmt: skip
         self._insert("latent", rows)
-        self._examples(s, draws)
 
     def _tokens(self, s: Sorted) -> dict[int, str]:
         """Write the tokens that each latent fires on most; return a gist of the first few."""
@@ -244,10 +288,10 @@ class _Writer:
         ):
             rank = rank + 1 if i == previous else 0
             previous = i
-            rows.append((s.block.first + i, rank, names[t], f, _short(w)))
+            rows.append((s.block.first + i, rank, names[t], f, short(w)))
             if rank < 3:
-                word = _word(names[t])
-                gists[i] = f"{gists[i]} · {word}" if rank else word
+                shown = word(names[t])
+                gists[i] = f"{gists[i]} · {shown}" if rank else shown
         self._insert("token", rows)
         return gists
 
@@ -273,11 +317,29 @@ class _Writer:
             ),
         )  # fmt: skip
 
+    def _origins(self, s: Sorted, rows: Int[Tensor, " latents"]) -> None:
+        """Write the places in the text of the latents that are rows of the store."""
+        latent = (rows >= 0).nonzero().squeeze(1)
+        window, position = self.layout.place(rows[latent])
+        offsets, positions, values = select.strips_in(s, latent, window)
+        strips = schema.pack_strips(positions.numpy(), values.numpy(), offsets.numpy())
+        numbers = self.layout.number[window].tolist()
+        self.shown.update(numbers)
+        ids = (latent + s.block.first).tolist()
+        self._insert("origin", zip(ids, numbers, position.tolist(), strips, strict=True))
+
     # ----------------------------------------------------------------------- windows, search, meta
 
     def _windows(self) -> None:
-        shown = (w for w in self.source.store.windows(self.source.site) if w.number in self.shown)
-        self._insert("window", (_window_row(w) for w in shown))
+        self._insert("window", self._shown())
+        self._insert("document", sorted(self.labels.shown.items()))
+
+    def _shown(self) -> Iterator[tuple[Any, ...]]:
+        for window in self.source.store.windows(self.source.site):
+            shown = window.number in self.shown
+            self.labels.add(window, shown=shown)
+            if shown:
+                yield window_row(window)
 
     def _search(self) -> None:
         """Index per latent the tokens it fires on, those it promotes, text around top examples."""
@@ -307,6 +369,7 @@ class _Writer:
         store, site = self.source.store, self.source.site
         return {
             "d_sae": self.source.dictionary.d_sae,
+            "levels": self.nodes.sizes,
             "site": site,
             "n_rows": store.n_rows,
             "n_kept": store.n_kept(site, "all"),
@@ -322,59 +385,6 @@ class _Writer:
             "index": self.config.plain(),
             "store": self.source.store.content_hash,
             "mean": mean,
+            "labels": dict(self.labels.windows),
         }
         self._insert("meta", [(key, canonical_json(meta[key])) for key in sorted(meta)])
-
-
-class _Strings:
-    """Token ids as text: the model's vocabulary, or what the store's windows show."""
-
-    def __init__(self, source: Source) -> None:
-        self._model = source.model
-        self._known: dict[int, str] = {}
-        if source.model is None:
-            for window in source.store.windows(source.site):
-                for token, text in zip(window.ids.tolist(), window.strings, strict=True):
-                    self._known.setdefault(token, text)
-
-    def of(self, ids: Int[Tensor, " n"]) -> dict[int, str]:
-        """Return a mapping that holds at least these ids."""
-        unknown = sorted(set(ids.tolist()) - self._known.keys())
-        if unknown:
-            assert self._model is not None
-            self._known.update(zip(unknown, self._model.to_strings(unknown), strict=True))
-        return self._known
-
-
-def _window_row(window: Window) -> tuple[Any, ...]:
-    documents = window.document
-    changes = [0, *((documents.diff() != 0).nonzero().squeeze(1) + 1).tolist()]
-    return (
-        window.number,
-        int(window.heldout),
-        canonical_json(list(window.strings)),
-        canonical_json([[int(documents[at]), at] for at in changes]),
-        canonical_json((~window.kept).nonzero().squeeze(1).tolist()),
-    )
-
-
-def _word(token: str) -> str:
-    """A token for a gist: without the spaces around, line ends as a mark."""
-    return token.strip(" ").replace("\n", "↵") or "␣"
-
-
-def _short(value: float) -> float:
-    """Six significant digits: what a page can show."""
-    return float(f"{value:.6g}")
-
-
-def _shorts(values: Tensor) -> list[float]:
-    return [_short(v) for v in values.tolist()]
-
-
-def _pairs(ids: list[int], values: list[float]) -> list[list[Any]]:
-    return [[i, _short(v)] for i, v in zip(ids, values, strict=True)]
-
-
-def _named(ids: Tensor, values: Tensor, names: dict[int, str]) -> list[list[Any]]:
-    return [[names[i], _short(v)] for i, v in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""What decoder directions say by themselves: their effect on the logits, and their neighbours."""
+"""What decoder directions say by themselves: effect on the logits, neighbours, neurons."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,3 +59,17 @@ def nearest(
         ids.append(best.indices)
         cosines.append(best.values)
     return torch.cat(ids), torch.cat(cosines)
+
+
+def largest(
+    W: Float[Tensor, "n d"], shown: int
+) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """Return (direction, rank, coordinate, value) of each direction's largest entries by size.
+
+    At most `shown` of each, and none that is 0; of equals the first coordinates.
+    """
+    W = W.float().cpu()
+    order = W.abs().sort(dim=1, descending=True, stable=True).indices[:, :shown]
+    values = W.gather(1, order)
+    direction, rank = values.nonzero(as_tuple=True)
+    return direction, rank, order[direction, rank], values[direction, rank]

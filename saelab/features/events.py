@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab import artifacts
-from saelab.protocols import Dictionary, Store
+from saelab.features.nodes import Nodes
+from saelab.protocols import Store
 from saelab.types import SparseLatents
 
 RUN_FIRINGS = 1 << 21
@@ -118,7 +119,7 @@ def _read(path: Path, dtype: type, start: int, stop: int) -> Tensor:
 
 
 def collect(
-    dictionary: Dictionary,
+    nodes: Nodes,
     store: Store,
     site: str,
     *,
@@ -126,14 +127,14 @@ def collect(
     batch: int,
     progress: Callable[[int], None],
 ) -> Firings:
-    """Encode every kept row once and return its firings; `progress` gets the rows done so far."""
-    firings = Firings(folder, dictionary.d_sae)
-    device = dictionary.W_dec.device
+    """Encode every kept row once and return all firings; `progress` gets the rows done so far."""
+    firings = Firings(folder, len(nodes))
+    W_dec = nodes.dictionary.W_dec
     done = 0
     with torch.no_grad():
         for part in store.scan(site, batch=batch):
-            x = part.x.to(device, dictionary.W_dec.dtype)
-            firings.add(part.rows.cpu(), dictionary.encode_sparse(x))
+            x = part.x.to(W_dec.device, W_dec.dtype)
+            firings.add(part.rows.cpu(), nodes.encode_sparse(x))
             done += len(part)
             progress(done)
     firings.spill()

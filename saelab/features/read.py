@@ -1,11 +1,13 @@
 """Reading a feature index: point look-ups in milliseconds, read-only, for any thread."""
 
+import bisect
 import json
 import re
 import sqlite3
 import threading
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,8 @@ class Example:
     document: int
     masked: frozenset[int]
     """Positions that the store's mask leaves out: the latent was not computed there."""
+    label: str | None = None
+    """Its document's, where the store knows some."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ class LatentPage:
     tokens: list[TokenShare]
     neighbours: list[Neighbour]
     groups: list[ExampleGroup]
+    origin: Example | None = None
+    """The place in the text whose activation this latent is; None for a direction that was
+    learnt."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ class Features:
         uri = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
         self._db = sqlite3.connect(uri, uri=True, check_same_thread=False)
         try:
-            version = self._rows("PRAGMA user_version")[0][0]
+            version = self.query("PRAGMA user_version")[0][0]
         except sqlite3.DatabaseError:
             self.close()
             raise ArtifactError(
@@ -186,28 +193,42 @@ class Features:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What the index was made of: dictionary, site, model, counts, configuration."""
-        return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM meta")}
+        return {key: json.loads(value) for key, value in self.query("SELECT key, value FROM meta")}
 
     @property
     def n_latents(self) -> int:
-        """Number of latents."""
+        """Number of latents; the concepts above them are numbered on from it."""
         return self.meta["d_sae"]
+
+    @property
+    def levels(self) -> list[int]:
+        """Number of nodes of each level of the hierarchy; without one, the number of latents."""
+        return self.meta["levels"]
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of latents and concepts: of all that has a page."""
+        return sum(self.levels)
+
+    def level_of(self, node: int) -> int:
+        """Return a node's level; 0 for latents."""
+        return bisect.bisect_right(list(accumulate(self.levels)), node)
 
     def stats(self, latent: int) -> LatentStats:
         """Return the numbers of one latent. Raises ArtifactError if there is no such latent."""
-        rows = self._rows(f"SELECT {_STATS} FROM latent WHERE id = ?", latent)  # noqa: S608
+        rows = self.query(f"SELECT {_STATS} FROM latent WHERE id = ?", latent)  # noqa: S608
         if not rows:
             raise ArtifactError(
-                f"there is no latent {latent}; this dictionary has 0 to {self.n_latents - 1}"
+                f"there is no latent {latent}; this dictionary has 0 to {self.n_nodes - 1}"
             )
         return LatentStats(*rows[0])
 
     def latent(self, latent: int) -> LatentPage:
         """Return everything about one latent. Raises ArtifactError if there is no such latent."""
         stats = self.stats(latent)
-        detail = json.loads(self._rows("SELECT detail FROM latent WHERE id = ?", latent)[0][0])
+        detail = json.loads(self.query("SELECT detail FROM latent WHERE id = ?", latent)[0][0])
         histogram, logits = detail["histogram"], detail.get("logits")
-        tokens = self._rows(
+        tokens = self.query(
             "SELECT text, fires, share FROM token WHERE latent = ? ORDER BY rank", latent
         )
         return LatentPage(
@@ -222,6 +243,7 @@ class Features:
             [TokenShare(*row) for row in tokens],
             self._neighbours(detail["neighbours"]),
             self._groups(latent, stats, detail["groups"]),
+            self._origin(latent),
         )
 
     def table(
@@ -231,7 +253,7 @@ class Features:
         if order_by not in _COLUMNS:
             raise ArtifactError(f"cannot order by {order_by!r}; known: {', '.join(_COLUMNS)}")
         direction = "DESC" if descending else "ASC"
-        rows = self._rows(
+        rows = self.query(
             f"SELECT {_STATS} FROM latent ORDER BY {order_by} {direction} NULLS LAST, id LIMIT ?",  # noqa: S608
             limit,
         )
@@ -255,7 +277,7 @@ class Features:
         bare = text.strip()
         forms = [quoted[1]] if quoted else [f"{space}{bare}" for space in ("", " ") if bare]
         marks = ", ".join("?" * len(forms))
-        rows = self._rows(
+        rows = self.query(
             f"SELECT {_STATS}, sum(share) AS part FROM token"  # noqa: S608
             " JOIN latent ON latent.id = token.latent"
             f" WHERE text IN ({marks}) GROUP BY latent.id ORDER BY part DESC, latent.id LIMIT ?",
@@ -274,7 +296,7 @@ class Features:
             ("context", "context"),
         ):
             query = " AND ".join(f'{column}:"{word}"*' for word in words)
-            rows = self._rows(
+            rows = self.query(
                 f"SELECT {_STATS} FROM search JOIN latent ON latent.id = search.rowid"  # noqa: S608
                 " WHERE search MATCH ? ORDER BY bm25(search), latent.id LIMIT ?",
                 query, limit,
@@ -289,32 +311,26 @@ class Features:
     def gists(self, latents: list[int]) -> dict[int, str]:
         """Return the gist of several latents at once."""
         marks = ", ".join("?" * len(latents))
-        return dict(self._rows(f"SELECT id, gist FROM latent WHERE id IN ({marks})", *latents))  # noqa: S608
+        return dict(self.query(f"SELECT id, gist FROM latent WHERE id IN ({marks})", *latents))  # noqa: S608
 
     def column(self, name: str) -> list[Any]:
         """Return one number of every latent, by id; see `LatentStats` for the names."""
         if name not in _COLUMNS:
             raise ArtifactError(f"no number is called {name!r}; known: {', '.join(_COLUMNS)}")
-        return [row[0] for row in self._rows(f"SELECT {name} FROM latent ORDER BY id")]  # noqa: S608
+        return [row[0] for row in self.query(f"SELECT {name} FROM latent ORDER BY id")]  # noqa: S608
 
     def _groups(
         self, latent: int, stats: LatentStats, edges: list[list[Any]]
     ) -> list[ExampleGroup]:
         examples: dict[int, list[Example]] = {}
-        rows = self._rows(
-            "SELECT grp, window, position, value, strip, strings, heldout, documents, masked"
+        rows = self.query(
+            f"SELECT grp, position, value, strip, {_WINDOW}"  # noqa: S608
             " FROM example JOIN window ON number = window WHERE latent = ? ORDER BY grp, rank",
             latent,
         )
-        for group, window, position, value, strip, *rest in rows:
-            strings, heldout, documents, masked = rest
-            document = [d for d, start in json.loads(documents) if start <= position][-1]
-            examples.setdefault(group, []).append(
-                Example(
-                    window, position, value, schema.unpack_strip(strip), json.loads(strings),
-                    bool(heldout), document, frozenset(json.loads(masked)),
-                )
-            )  # fmt: skip
+        for group, position, value, strip, *window in rows:
+            found = self._example(position, value, schema.unpack_strip(strip), window)
+            examples.setdefault(group, []).append(found)
         top = examples.get(0, [])
         strongest = min((abs(e.value) for e in top), default=0.0)
         groups = [ExampleGroup(0, abs(stats.peak), strongest, top)] if top else []
@@ -323,8 +339,34 @@ class Features:
                 groups.append(ExampleGroup(number, high, low, examples[number]))
         return groups
 
-    def _rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Run one query; the lock lets threads share the connection."""
+    def _origin(self, latent: int) -> Example | None:
+        rows = self.query(
+            f"SELECT position, strip, {_WINDOW}"  # noqa: S608
+            " FROM origin JOIN window ON number = window WHERE latent = ?",
+            latent,
+        )
+        if not rows:
+            return None
+        position, packed, *window = rows[0]
+        strip = schema.unpack_strip(packed)
+        return self._example(position, strip.get(position, 0.0), strip, window)
+
+    def _example(
+        self, position: int, value: float, strip: dict[int, float], window: list[Any]
+    ) -> Example:
+        number, strings, heldout, documents, masked = window
+        document = document_at(documents, position)
+        return Example(
+            number, position, value, strip, json.loads(strings), bool(heldout), document,
+            frozenset(json.loads(masked)), self._labels.get(document),
+        )  # fmt: skip
+
+    @cached_property
+    def _labels(self) -> dict[int, str]:
+        return dict(self.query("SELECT number, label FROM document"))
+
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Return the rows of one query; `schema` has the tables. For any thread."""
         with self._lock:
             return self._db.execute(sql, values).fetchall()
 
@@ -338,7 +380,13 @@ _COLUMNS = (
     "id", "fires", "fires_heldout", "density", "peak", "mean", "position", "position_share",
     "norm", "cosine", "gist",
 )  # fmt: skip
+_WINDOW = "number, strings, heldout, documents, masked"
 _STATS = ", ".join(f"latent.{name}" for name in _COLUMNS)
+
+
+def document_at(documents: str, position: int) -> int:
+    """Return the document of a position, from the window's column `documents`."""
+    return [number for number, start in json.loads(documents) if start <= position][-1]
 
 
 def _tuples(pairs: list[list[Any]]) -> list[tuple[str, float]]:

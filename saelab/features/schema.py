@@ -6,10 +6,16 @@ One file holds everything that a page about a latent shows, so that the store ma
     latent     per latent its counts and densities, and a JSON `detail` (histogram, logits, …)
     token      per latent the tokens that it fires on most, by share of its activation
     window     the windows that hold an example: token strings, split, documents, kept positions
+    document   the labels of those windows' documents, where the store knows some
     example    (latent, group, rank) → window, position, value, and the strip of values
+    edge       (child, parent) → weight, where the dictionary has a hierarchy
+    neuron     (latent, rank) → neuron, weight, where directions are sums of neurons
+    origin     latent → window, position, strip, where a latent is a row of the store
     search     full text: tokens fired on, tokens promoted, text around top examples
 
-Group 0 holds the strongest windows; groups 1, 2, … the quantiles of |z|, strongest first.
+Group 0 holds the strongest windows; groups 1, 2, … the quantiles of |z|, strongest first. The
+concepts of a hierarchy are numbered on from the latents, level by level (`nodes`), and have every
+row that a latent has.
 """
 
 import sqlite3
@@ -20,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-SCHEMA = 1
+SCHEMA = 2
 """Stored as `PRAGMA user_version`; readers refuse any other."""
 FILE = "features.db"
 ENOUGH = 50
@@ -57,6 +63,7 @@ CREATE TABLE window (
     documents TEXT NOT NULL,
     masked TEXT NOT NULL
 );
+CREATE TABLE document (number INTEGER PRIMARY KEY, label TEXT NOT NULL);
 CREATE TABLE example (
     latent INTEGER NOT NULL,
     grp INTEGER NOT NULL,
@@ -67,10 +74,31 @@ CREATE TABLE example (
     strip BLOB NOT NULL,
     PRIMARY KEY (latent, grp, rank)
 ) WITHOUT ROWID;
+CREATE TABLE edge (
+    child INTEGER NOT NULL,
+    parent INTEGER NOT NULL,
+    weight REAL NOT NULL,
+    PRIMARY KEY (child, parent)
+) WITHOUT ROWID;
+CREATE TABLE neuron (
+    latent INTEGER NOT NULL,
+    rank INTEGER NOT NULL,
+    neuron INTEGER NOT NULL,
+    weight REAL NOT NULL,
+    PRIMARY KEY (latent, rank)
+) WITHOUT ROWID;
+CREATE TABLE origin (
+    latent INTEGER PRIMARY KEY,
+    window INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    strip BLOB NOT NULL
+);
 CREATE VIRTUAL TABLE search USING fts5 (fires, promotes, context, content='', detail=column);
 """
 INDEXES = """
 CREATE INDEX token_text ON token (text, share);
+CREATE INDEX edge_parent ON edge (parent, child, weight);
+CREATE INDEX neuron_latents ON neuron (neuron, latent, weight);
 """
 
 _STRIP = np.dtype([("position", "<i4"), ("value", "<f4")])
@@ -94,7 +122,8 @@ def create(path: Path) -> sqlite3.Connection:
 
 def close(db: sqlite3.Connection) -> None:
     """Add the indexes, commit the transaction and close."""
-    db.execute(INDEXES)
+    for statement in INDEXES.strip().split(";\n"):
+        db.execute(statement)
     db.execute("COMMIT")
     db.close()
 

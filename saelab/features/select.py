@@ -211,14 +211,34 @@ def with_strips(s: Sorted, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Picks:
     group, rank, firing, latent = group[order], rank[order], firing[order], latent[order]
     segment, edges = _segments(s)
     start = edges[segment[firing]]
-    length = edges[segment[firing] + 1] - start
-    offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    inside = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], length)
-    at = torch.repeat_interleave(start, length) + inside
+    offsets, at = _runs(start, edges[segment[firing] + 1])
     return Picks(
         latent, group, rank, s.window[firing], s.position[firing], s.block.values[firing],
         offsets, s.position[at], s.block.values[at],
     )  # fmt: skip
+
+
+def _runs(
+    start: Int[Tensor, " m"], stop: Int[Tensor, " m"]
+) -> tuple[Int[Tensor, " m_plus_1"], Int[Tensor, " nnz"]]:
+    """Return the numbers of [start, stop) one run after the other, and where each run begins."""
+    length = stop - start
+    offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
+    inside = torch.arange(int(offsets[-1])) - torch.repeat_interleave(offsets[:-1], length)
+    return offsets, torch.repeat_interleave(start, length) + inside
+
+
+def strips_in(
+    s: Sorted, latent: Int[Tensor, " m"], window: Int[Tensor, " m"]
+) -> tuple[Int[Tensor, " m_plus_1"], Int[Tensor, " nnz"], Float[Tensor, " nnz"]]:
+    """Return (offsets, positions, values) of m latents over one window each, given by its index
+    in the layout; a latent that is silent there has an empty strip."""
+    place = torch.cat([s.window, window])
+    width = int(place.max()) + 1 if len(place) else 1
+    fired, asked = s.block.latent * width + s.window, latent * width + window
+    start, stop = (torch.searchsorted(fired, asked, right=end) for end in (False, True))
+    offsets, at = _runs(start, stop)
+    return offsets, s.position[at], s.block.values[at]
 
 
 def top_tokens(s: Sorted, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -55,7 +55,7 @@ def test_runs_shows_cards_scores_and_curves_of_finished_and_unfinished_dictionar
 
 def test_an_empty_folder_explains_itself(home, tmp_path, monkeypatch):
     monkeypatch.setenv(state.DIRECTORY, str(tmp_path))
-    for page in ("runs", "feature", "text"):
+    for page in ("runs", "feature", "tree", "text"):
         open_page(home, page)
         assert home.info
 
@@ -65,7 +65,7 @@ def test_an_artifact_of_another_schema_gives_one_clear_message(home, tmp_path, m
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text('{"schema": 99}')
     monkeypatch.setenv(state.DIRECTORY, str(tmp_path))
-    for page in ("runs", "feature", "text"):
+    for page in ("runs", "feature", "tree", "text"):
         home.switch_page(f"pages/{page}.py")
         home.run()
         assert not home.exception

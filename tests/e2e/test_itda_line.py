@@ -86,6 +86,19 @@ def test_the_index_has_a_latent_for_each_atom(made):
         assert facts["d_sae"] == d.d_sae
 
 
+def test_every_atom_opens_on_the_place_that_it_is_from(made):
+    store = saelab.open_store(paths(made[1], "store")[0].resolve())
+    d = saelab.load(paths(made[1], "dictionary")[1])
+    with closing(saelab.open_features(paths(made[1], "features")[1])) as features:
+        for latent in range(d.d_sae):
+            origin = features.latent(latent).origin
+            window = store.window(store.sites[0], origin.window)
+            assert window.first_row + origin.position == d.rows[latent]
+            assert origin.document == d.documents[latent]
+            assert origin.strings == list(window.strings)
+            assert origin.value > 0
+
+
 def test_a_plan_says_what_it_will_take(tmp_path, monkeypatch):
     monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
     table = planning.plan(pipeline.load_config(config(tmp_path / "out")))

@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 import saelab
 from saelab import artifacts, pipeline, planning
 from saelab.errors import ConfigError
+from saelab.features import relations
 
 SITE = "blocks.1.mlp.hook_post"
 STAGES = ["store", "dictionary", "results", "features"]
@@ -92,6 +94,24 @@ def test_the_scorecard_counts_what_is_above_a_hundredth_of_the_rows_largest(made
     assert scores["fvu"] == pytest.approx(fvu, rel=1e-2)
     assert 0 < fvu < 1
     assert {"kl", "ce_recovered_zero"} <= scores.keys()
+
+
+def test_the_index_has_a_page_for_every_concept_of_its_tree(made):
+    steps = made[1]
+    dictionary = saelab.load(steps["dictionary"].path)
+    with closing(saelab.open_features(steps["features"].path)) as features:
+        assert (features.levels, features.n_nodes) == ([16, 8, 4], 28)
+        for latent in range(16):
+            kept = dictionary.W_dec[latent].detach()
+            for use in relations.neurons(features, latent):
+                assert use.weight == pytest.approx(float(kept[use.neuron]), rel=1e-5)
+            amounts = {link.id - 16: link.weight for link in relations.parents(features, latent)}
+            tree = dictionary.tree(1)[latent]
+            assert amounts == pytest.approx(
+                {j: float(tree[j]) for j in tree.nonzero()[:, 0].tolist()}, rel=1e-5
+            )
+        assert any(features.latent(node).groups for node in range(16, 28))
+        assert relations.purities(features)
 
 
 def test_a_plan_says_what_it_takes(tmp_path, monkeypatch):
