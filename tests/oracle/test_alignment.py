@@ -99,9 +99,7 @@ def test_stores_of_other_documents_are_refused_with_the_number_they_share(tmp_pa
 def test_texts_that_share_no_token_end_are_refused_with_how_many_rows_align(tmp_path, words):
     shifted = [[(0, 2), (2, 6), (6, 10)], [(0, 4), (4, 10)]]
     odd = make_store(tmp_path, TEXTS, shifted)
-    with pytest.raises(
-        ArtifactError, match=r"of 5 rows in the 2 documents.*only 0 end at the same"
-    ):
+    with pytest.raises(ArtifactError, match=r"of 5 rows in the 2 doc.*only 0 end at the same"):
         align([words, odd], [SITE, SITE])
     arrays = make_store(tmp_path, TEXTS, [[(0, 0)] * 3, [(0, 0)] * 4], name="arrays")
     with pytest.raises(ArtifactError, match="from arrays, which have none"):

@@ -161,4 +161,4 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ShapeError, match="use `depth_order`"):
         accuracy(torch.zeros(2, 3))
     with pytest.raises(ShapeError, match="three layers"):
-        depth_order(torch.eye(2), ([0, 1], [0, 1]))
+        depth_order(torch.eye(2), ([0.0, 1.0], [0.0, 1.0]))
