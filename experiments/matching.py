@@ -90,7 +90,8 @@ def split_texts(config: MatchingConfig) -> tuple[list[Path], list[str]]:
     Raises CorpusError if there are too few documents.
     """
     request = Request(config.source, "train", None, None, "file", streaming=False)
-    texts = list(dict.fromkeys(" ".join(record.text.split()) for record in records(request)))
+    found = (" ".join(record.text.split()) for record in records(request))
+    texts = list(dict.fromkeys(text for text in found if text))
     n = config.samples * config.documents
     if len(texts) <= n:
         raise CorpusError(

@@ -5,6 +5,7 @@ damage    a model, and copies of it with noise, with rounded weights, or trained
 family    two models that somebody else trained
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def _tuning(arm: DamageArm, steps: int, texts: Sequence[str]) -> Callable[[Any, 
 
 
 def _write_copy(original: Path, folder: Path, change_: Callable[[Any, Any], Any]) -> None:
-    """Write a changed copy of a model's folder."""
+    """Write a copy of a model's folder with changed weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = {"pretrained_model_name_or_path": original, "local_files_only": True}
@@ -202,8 +203,8 @@ def _write_copy(original: Path, folder: Path, change_: Callable[[Any, Any], Any]
         tokenizer = AutoTokenizer.from_pretrained(**place)
         network = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         change_(network, tokenizer)
+        shutil.copytree(original, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
         network.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def family(arm: FamilyArm) -> list[Subject]:

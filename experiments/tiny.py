@@ -16,6 +16,7 @@ from saelab_experiments.damage import tune_
 from torch import Tensor
 
 from saelab.config import Config
+from saelab.models.convert import quiet_transformers
 
 END, START = "<|end|>", "<|start|>"
 
@@ -109,8 +110,9 @@ def train_tiny(
     """
     network = new_network(config, len(tokenizer), seed)
     tune_(network, windows, steps=config.steps, batch=config.batch, lr=config.lr, seed=seed)
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return {"loss": loss_on(network, held), "unigram": unigram_loss(windows, held, len(tokenizer))}
 
 

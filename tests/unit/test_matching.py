@@ -219,9 +219,9 @@ def test_another_family_is_judged_by_the_order_of_depths(tmp_path, texts):
     folder = save_llama(tmp_path / "llama")
     family = READ | {
         "models": [str(folder), str(folder)], "layers": [0, 1, 2], "other_layers": [0, 1, 2],
-        "permutations": 50,
+        "permutations": 50, "tokens": 120, "atoms": 6,
     }  # fmt: skip
-    config = MatchingConfig.parse(study(tmp_path, texts, family=family))
+    config = MatchingConfig.parse(study(tmp_path, texts, samples=1, family=family))
     text, numbers = matching.run_family(config, config.family)
     cka = [n for n in numbers if n.method == "cka"]
     assert [n.value for n in cka] == pytest.approx([1, 1])
