@@ -63,14 +63,14 @@ def parts_of(sample, pairs):
 
 @pytest.fixture(scope="module")
 def copies():
-    """A model beside its own copy, and beside a copy with its layers in another order."""
+    """A model beside itself, and beside a copy with its layers in another order."""
     own = layers()
-    return parts_of(sample_of(own, own, [own[i] for i in (2, 0, 1)]), [(0, 1), (0, 2)])
+    return parts_of(sample_of(own, [own[i] for i in (2, 0, 1)]), [(0, 0), (0, 1)])
 
 
 def test_every_method_finds_every_layer_of_an_identical_copy(copies):
     numbers = {
-        (n.method, n.metric): n for n in truth_numbers("a", "r", copies, ["0-1"], ARM.layers)
+        (n.method, n.metric): n for n in truth_numbers("a", "r", copies, ["0-0"], ARM.layers)
     }
     for method in METHODS:
         right, wrong = numbers[method, "accuracy"], numbers[method, "layer_error"]
@@ -82,7 +82,7 @@ def test_every_method_finds_every_layer_of_an_identical_copy(copies):
 
 def test_layers_in_another_order_are_found_where_they_went(copies):
     for method in METHODS:
-        forth = torch.tensor(copies[0][0]["likeness"]["0-2"][method]["forth"])
+        forth = torch.tensor(copies[0][0]["likeness"]["0-1"][method]["forth"])
         if method != "size":
             assert forth.argmax(1).tolist() == [1, 2, 0]
 
@@ -171,8 +171,8 @@ READ = {"tokens": 260, "atoms": 12, "resamples": 2, "dtype": "float32"}
 
 def test_the_arm_of_known_truth_runs_and_goes_on_where_it_was_stopped(tmp_path, texts, monkeypatch):
     known = READ | {"layers": [0, 1, 2], "seeds": [0, 1], "tiny": TINY}
-    config = MatchingConfig.parse(study(tmp_path, texts, known=known))
-    measured, stop_at = [], 3
+    config = MatchingConfig.parse(study(tmp_path, texts, samples=1, known=known))
+    measured, stop_at = [], 1
 
     def counted(*args):
         if len(measured) == stop_at:
@@ -185,9 +185,9 @@ def test_the_arm_of_known_truth_runs_and_goes_on_where_it_was_stopped(tmp_path, 
         matching.run_known(config, config.known)
     stop_at = 100
     text, numbers = matching.run_known(config, config.known)
-    assert len(measured) == 6
+    assert len(measured) == 3
     again, _ = matching.run_known(config, config.known)
-    assert (again, len(measured)) == (text, 6)
+    assert (again, len(measured)) == (text, 3)
     assert "## Known truth" in text
     assert "of unigrams" in text
     assert {n.method for n in numbers} == set(METHODS)
