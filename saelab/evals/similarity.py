@@ -11,6 +11,7 @@ atoms), arXiv 2505.17769.
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, final, runtime_checkable
 
 import torch
@@ -21,17 +22,38 @@ from saelab.errors import ShapeError
 
 
 @dataclass(frozen=True)
+class Covariance:
+    """Covariance of one representation; its eigenvectors are found once, at their first use."""
+
+    matrix: Float[Tensor, "d d"]
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues, largest first, and the eigenvectors as columns."""
+        values, vectors = torch.linalg.eigh(self.matrix)
+        return values.flip(0), vectors.flip(1)
+
+    def whitening(self, variance: float) -> Float[Tensor, "d r"]:
+        """Return U / √λ for the leading eigenvectors U that hold this share of the variance; those
+        without any are left out."""
+        values, vectors = self._eigen
+        seen = values > values[0].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+        before = values.clamp(min=0).cumsum(0) - values
+        kept = seen & (before < variance * values.clamp(min=0).sum())
+        return vectors[:, kept] / values[kept].sqrt()
+
+
+@dataclass(frozen=True)
 class PairCovariance:
     """Covariances of two representations, x and y, of the same rows."""
 
-    n: int
-    xx: Float[Tensor, "dx dx"]
+    x: Covariance
     xy: Float[Tensor, "dx dy"]
-    yy: Float[Tensor, "dy dy"]
+    y: Covariance
 
     def swapped(self) -> "PairCovariance":
         """Return the same with x and y exchanged."""
-        return PairCovariance(self.n, self.yy, self.xy.T, self.xx)
+        return PairCovariance(self.y, self.xy.T, self.x)
 
 
 @final
@@ -71,27 +93,28 @@ class PairMoments:
             raise ShapeError(f"a covariance needs two rows or more, but {self.n} came")
         mean = self._sum / self.n
         full, w = self._products / self.n - torch.outer(mean, mean), self._width
-        return PairCovariance(self.n, full[:w, :w], full[:w, w:], full[w:, w:])
+        x, y = Covariance(full[:w, :w]), Covariance(full[w:, w:])
+        return PairCovariance(x, full[:w, w:], y)
 
 
 def linear_cka(pair: PairCovariance) -> float:
     """Return ‖C_xy‖² / (‖C_xx‖ ‖C_yy‖) in Frobenius norms: 1 up to rotation and scale, 0 if
     uncorrelated (but for chance, of about √(d_x d_y) / n for white rows)."""
-    return _share(pair.xy.square().sum(), pair.xx.norm() * pair.yy.norm())
+    return _share(pair.xy.square().sum(), pair.x.matrix.norm() * pair.y.matrix.norm())
 
 
 def svcca(pair: PairCovariance, *, variance: float = 0.99) -> float:
     """Return the mean canonical correlation of the principal components that hold a share of the
     variance: 1 for any invertible linear map that keeps them apart from what is dropped."""
-    x, y = (_whitening(c, variance) for c in (pair.xx, pair.yy))
+    x, y = (side.whitening(variance) for side in (pair.x, pair.y))
     correlations = torch.linalg.svdvals(x.T @ pair.xy @ y)
     return float(correlations.clamp(max=1).mean()) if len(correlations) else 0.0
 
 
 def regression(pair: PairCovariance) -> float:
     """Return the share of y's variance that x explains linearly, tr(C_yx C_xx⁺ C_xy) / tr C_yy."""
-    whitened = _whitening(pair.xx, 1.0).T @ pair.xy
-    return _share(whitened.square().sum(), pair.yy.trace())
+    whitened = pair.x.whitening(1.0).T @ pair.xy
+    return _share(whitened.square().sum(), pair.y.matrix.trace())
 
 
 def relative(
@@ -99,10 +122,24 @@ def relative(
     y: Float[Tensor, "n dy"],
     anchors: Int[Tensor, " m"],
 ) -> float:
-    """Return the mean cosine between the rows' relative representations: their cosines with the
-    anchors, which are rows of x and the same rows of y. Rows are centred first."""
-    near_x, near_y = (_cosines(rows.double(), anchors) for rows in (x, y))
-    return float(torch.nn.functional.cosine_similarity(near_x, near_y).mean())
+    """Return the mean cosine between the rows' relative representations, of the same anchors."""
+    near_x, near_y = (relative_representation(rows, anchors) for rows in (x, y))
+    return mean_cosine(near_x, near_y)
+
+
+def relative_representation(
+    rows: Float[Tensor, "n d"], anchors: Int[Tensor, " m"]
+) -> Float[Tensor, "n m"]:
+    """Return the cosines of all rows with the anchors, which are some of them; all are centred
+    first. In float64."""
+    rows = rows.double()
+    unit = torch.nn.functional.normalize(rows - rows.mean(0))
+    return unit @ unit[anchors].T
+
+
+def mean_cosine(x: Float[Tensor, "n m"], y: Float[Tensor, "n m"]) -> float:
+    """Return the mean over rows of the cosine of x's row with y's."""
+    return float(torch.nn.functional.cosine_similarity(x, y).mean())
 
 
 @runtime_checkable
@@ -114,7 +151,7 @@ class Kept(Protocol):
 
 def atom_keys(dictionary: Kept) -> set[int]:
     """Return the row numbers that a dictionary kept: stores of one text, tokenizer and context
-    number their rows alike."""
+    number their rows alike. For other stores see `alignment.place_keys`."""
     return set(dictionary.rows.tolist())
 
 
@@ -128,22 +165,6 @@ def chance_jaccard(n_a: int, n_b: int, n_rows: int) -> float:
     """Return about what `jaccard` is for sets of these sizes drawn at random from `n_rows` rows."""
     common = n_a * n_b / n_rows
     return common / max(n_a + n_b - common, 1)
-
-
-def _cosines(rows: Float[Tensor, "n d"], anchors: Int[Tensor, " m"]) -> Float[Tensor, "n m"]:
-    unit = torch.nn.functional.normalize(rows - rows.mean(0))
-    return unit @ unit[anchors].T
-
-
-def _whitening(covariance: Float[Tensor, "d d"], variance: float) -> Float[Tensor, "d r"]:
-    """Return U / √λ for the leading eigenvectors U that hold this share of the variance; those
-    without any are left out."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0), vectors.flip(1)
-    seen = values > values[0].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-    before = values.clamp(min=0).cumsum(0) - values
-    kept = seen & (before < variance * values.clamp(min=0).sum())
-    return vectors[:, kept] / values[kept].sqrt()
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

