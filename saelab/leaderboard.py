@@ -89,7 +89,9 @@ class Scored:
     def replicates(self, metric: str, arm: str = "dictionary") -> Tensor | None:
         """Return the resamples of a row: of the same documents for all members of a board."""
         row = self.row(metric, arm)
-        return row and read_replicates(self.folder, row["evaluator"], arm, metric)
+        if row is None:
+            return None
+        return read_replicates(self.folder, row["evaluator"], arm, metric)
 
     def rank(self, metric: str) -> float:
         """Return what members are sorted by, best first; those without a number go last."""

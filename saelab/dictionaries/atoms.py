@@ -1,6 +1,6 @@
 """What dictionaries made of activations share: codes by pursuit, and where each atom came from."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -37,7 +37,7 @@ class AtomsConfig(DictionaryConfig):
 class Atoms(BaseDictionary):
     """Unit-norm atoms, and codes by signed pursuit of x − b_dec."""
 
-    config: AtomsConfig
+    config: Any
 
     def __init__(self, config: AtomsConfig) -> None:
         """Allocate room for all atoms."""

@@ -348,12 +348,11 @@ def _rows(name: str, request: Request, builder: str, arguments: dict[str, Any]) 
 
 
 def _dataset_records(rows: Any, name: str, request: Request) -> Iterator[Record]:
-    column = None
+    column, fields = None, (request.label_field, request.split_field)
     for number, row in enumerate(rows):
         if column is None:
             textual = _textual(row, getattr(rows, "features", None) or {})
             column = _text_column(list(row), textual, request, name)
-            fields = request.label_field, request.split_field
             for field in filter(None, fields):
                 _known(field, list(row), name)
         text = "" if row[column] is None else row[column]
