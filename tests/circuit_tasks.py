@@ -2,11 +2,8 @@
 
 import torch
 
-from saelab.circuits.examples import _WORDS
 from saelab.circuits.tasks import TaskData, draw
-from saelab.models.handwired import induction_model, inhibition_model
-
-WORDS = _WORDS[:15]
+from saelab.models.handwired import WORDS, induction_model, inhibition_model
 
 
 def random_pairs(model, n=6, *, metric="logit_difference", seed=0) -> TaskData:

@@ -8,13 +8,14 @@ alone. 1: the part carries the whole difference; 0: none of it; below 0: it work
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.errors import TaskError
+from saelab.errors import ArtifactError, TaskError
 
 Kind = Literal["heads", "mlp", "attn", "resid"]
 NEGLIGIBLE = 0.005
@@ -117,3 +118,34 @@ def heads_of(layers: int, heads: int) -> tuple[Component, ...]:
 def layers_of(layers: Sequence[int]) -> tuple[Component, ...]:
     """Return whole layers."""
     return tuple(Component(layer) for layer in layers)
+
+
+# ----------------------------------------------------------------------------------------- on disk
+
+
+def to_bytes(effects: Effects) -> bytes:
+    """Return effects as safetensors; a part that is no head has −1 in its place."""
+    from safetensors.torch import save
+
+    places = [(c.layer, -1 if c.head is None else c.head) for c in effects.components]
+    return save(
+        {
+            "components": torch.tensor(places),
+            "changes": effects.changes.float().contiguous(),
+            "gaps": effects.gaps.float().contiguous(),
+        }
+    )
+
+
+def read(path: Path) -> Effects:
+    """Read what `to_bytes` gave. Raises ArtifactError if the file is none of that kind."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        held = load_file(path)
+        places = held["components"].tolist()
+        components = tuple(Component(layer, None if h < 0 else h) for layer, h in places)
+        return Effects(components, held["changes"], held["gaps"])
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ArtifactError(f"{path} holds no effects of patching: {error}") from None

@@ -16,10 +16,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.config import digest
+from saelab.errors import ConfigError
 from saelab.models.hooked import HookedModel
 from saelab.models.hooks import Point
 from saelab.types import SiteInfo, TokenRun
 
+WORDS = (
+    "time", "year", "people", "way", "day", "man", "thing", "world", "life", "hand", "part",
+    "child", "eye", "place", "work", "week", "case", "point", "company", "number",
+)  # fmt: skip
+"""What a model that is named by its source knows."""
 Block = Literal["token", "before", "position", "said", "dump"]
 CONTEXT = 32
 _CHARACTER = re.compile(".", re.DOTALL)
@@ -98,6 +104,21 @@ class HandwiredModel(HookedModel):
 
 
 # ------------------------------------------------------------------------------------- two circuits
+
+
+def is_handwired(source: str) -> bool:
+    """Return whether a source names a hand-wired model."""
+    return source.startswith("handwired:")
+
+
+def named(source: str) -> HandwiredModel:
+    """Return the model that `handwired:induction` names. Raises ConfigError for another name."""
+    if source != "handwired:induction":
+        raise ConfigError(
+            f"a hand-wired model is `handwired:induction`, but {source!r} came; others are built "
+            "in Python (`models.handwired`)"
+        )
+    return induction_model(WORDS)
 
 
 def induction_model(words: Sequence[str], *, sharpness: float = 1e3) -> HandwiredModel:
