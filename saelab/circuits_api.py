@@ -18,7 +18,7 @@ from saelab.circuits.ability import TaskScore
 from saelab.circuits.discrete_codes import Encode, Fit
 from saelab.circuits.heads import CodesConfig, EffectsConfig, Truth
 from saelab.circuits.linear import attribution_patching
-from saelab.circuits.patching import PatchConfig
+from saelab.circuits.patching import Direction, PatchConfig
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig
 from saelab.errors import ConfigError, TaskError
@@ -81,7 +81,9 @@ def effects_inputs(
     }
 
 
-def methods(config: EffectsConfig, position: str, direction: str) -> dict[str, dict[str, Any]]:
+def methods(
+    config: EffectsConfig, position: str, direction: Direction
+) -> dict[str, dict[str, Any]]:
     """Return what is measured at a position: the truth, named `truth`, and the causal baselines."""
     exact = PatchConfig(position=position, direction=direction)
     zero = PatchConfig(position=position, ablation="zero")

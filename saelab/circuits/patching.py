@@ -29,6 +29,7 @@ from saelab.protocols import Edit
 
 VERSION = 1
 """Bumped when the effects of the same prompts change."""
+Direction = Literal["noising", "denoising"]
 ALL = "all"
 """In place of a slot's name: every position."""
 _SITES: dict[Kind, str] = {
@@ -50,7 +51,7 @@ class PatchConfig(Config):
     """Which parts: every head, or each layer's MLP output, attention output or entering stream."""
     ablation: Literal["resample", "mean", "zero"] = "resample"
     """What is put in: the other run's value, the mean of corrupted prompts at that slot, zero."""
-    direction: Literal["noising", "denoising"] = "noising"
+    direction: Direction = "noising"
     """Into which run: the clean one, or the corrupted one."""
     position: str = "all"
     """`all` positions together, or the name of a slot, such as `end`."""

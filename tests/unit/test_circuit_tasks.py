@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
+from doubles import WordTokenizer
 
 from saelab.circuits import ability, tasks
 from saelab.circuits.examples import Example
 from saelab.errors import ConfigError, TaskError
 from saelab.protocols import LanguageModel
-from tests.doubles import WordTokenizer
 
 NAMES = list(tasks.TASKS)
 
