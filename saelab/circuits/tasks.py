@@ -77,11 +77,6 @@ class TaskData:
             **tensors,
         )
 
-    def halves(self) -> tuple["TaskData", "TaskData"]:
-        """Return two halves that share no row, each with every second row of every template."""
-        order = self.templates.argsort(stable=True)
-        return self.rows(order[::2].sort().values), self.rows(order[1::2].sort().values)
-
     def at_end(self, x: Float[Tensor, "n pos d"]) -> Float[Tensor, "n d"]:
         """Return each row's last position."""
         return x[torch.arange(len(self), device=x.device), (self.lengths - 1).to(x.device)]
