@@ -24,14 +24,12 @@ from saelab.circuits.effects import Component, Effects, Kind, heads_of, layers_o
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.tasks import TaskData
 from saelab.config import Config
-from saelab.errors import ConfigError, SiteError, nearest
+from saelab.errors import ConfigError, SiteError
 from saelab.protocols import Edit
 
 VERSION = 1
 """Bumped when the effects of the same prompts change."""
 Direction = Literal["noising", "denoising"]
-ALL = "all"
-"""In place of a slot's name: every position."""
 _SITES: dict[Kind, str] = {
     "heads": "attn.hook_z",
     "mlp": "hook_mlp_out",
@@ -92,11 +90,6 @@ def patch(
         raise ConfigError(
             f"denoising restores clean values, but ablation is {config.ablation}; "
             "take resample, or noising"
-        )
-    if config.position != ALL and config.position not in data.slots:
-        raise ConfigError(
-            f"{data.name} has no slot {config.position!r}; "
-            f"{nearest(config.position, [ALL, *data.slots])}"
         )
     patcher = _Patcher(model, data, config)
     parts = []
@@ -163,10 +156,7 @@ class _Patcher:
         length = int(data.lengths[0])
         pair = data.clean[:, :length], data.corrupted[:, :length]
         base, other = pair if self.config.direction == "noising" else pair[::-1]
-        changed = torch.ones(len(index), length, dtype=torch.bool)
-        if self.config.position != ALL:
-            place = data.slots[self.config.position]
-            changed = torch.arange(length) == place[:, None]
+        changed = data.marked(self.config.position)[:, :length]
         touched = changed
         if self.config.ablation == "resample":
             touched = changed & ((base != other).cumsum(1) > 0)
