@@ -18,6 +18,8 @@ from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.tasks import TaskData
 from saelab.protocols import Edit
 
+VERSION = 1
+"""Bumped when the effects of the same prompts change."""
 _EMBED = "hook_embed"
 _ROWS = 8
 
