@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab.circuits.ability import mean_error
 from saelab.circuits.attribution import split
 from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.contrast import OUTSIDE, Contrast, by_slot, clean_metric
 from saelab.circuits.nodes import Kept, every, without
 from saelab.errors import ConfigError
 from saelab.protocols import Edit, LanguageModel
-from saelab.stats import Statistic, bootstrap, error_over_documents, standard_error
+from saelab.stats import Statistic, error_over_documents
 
 ERRORS = 3.0
 """Standard errors that m(M) − m(∅) has to exceed before a share of it is reported."""
@@ -149,7 +150,7 @@ class Faithfulness:
         """The metric of each prompt in the whole model."""
         self.empty = self.metric(without(self.everything))
         """The same without any node."""
-        _check_difference(self.full, self.empty, seed)
+        _check_difference(self.full, self.empty)
 
     def metric(self, kept: Kept) -> Float[Tensor, " n"]:
         """Return the metric of every prompt in a circuit."""
@@ -185,17 +186,12 @@ class Faithfulness:
 _share: Statistic = lambda s: (s[:, 0] - s[:, 1]) / (s[:, 2] - s[:, 1])  # noqa: E731 (a ratio)
 
 
-def _check_difference(full: Tensor, empty: Tensor, seed: int) -> None:
+def _check_difference(full: Float[Tensor, " n"], empty: Float[Tensor, " n"]) -> None:
     """Raise ConfigError if the whole model's metric cannot be told from that without any node."""
     difference = full - empty
-    drawn = bootstrap(
-        torch.stack([difference, torch.ones_like(difference)], 1),
-        lambda s: s[:, 0] / s[:, 1],
-        seed=seed,
-    )
-    error = standard_error(drawn) or 0.0
+    error = mean_error(difference)
     mean = float(difference.mean())
-    if len(full) < 2 or abs(mean) < max(ERRORS * error, 1e-12):
+    if abs(mean) < max(ERRORS * error, 1e-12):
         raise ConfigError(
             f"the metric is {float(full.mean()):.4g} in the whole model and "
             f"{float(empty.mean()):.4g} with every node at its mean: a difference of {mean:.3g} "

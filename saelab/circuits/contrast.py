@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.circuits.tasks import TaskData
 from saelab.errors import ConfigError, ShapeError
 from saelab.protocols import LanguageModel
 
@@ -31,10 +32,10 @@ class Contrast:
     """
 
     clean: Int[Tensor, "n pos"]
-    corrupted: Int[Tensor, "n pos"] | None
-    """None: latents and errors are compared with 0 instead, as for a single prompt."""
-    slots: Int[Tensor, "n pos"]
-    """Number of each position's slot; `OUTSIDE` for positions that are left alone."""
+    corrupted: Int[Tensor, "n2 pos2"] | None
+    """As `clean`. None: latents and errors are compared with 0 instead, as for a single prompt."""
+    slots: Int[Tensor, "n3 pos3"]
+    """As `clean`. Number of each position's slot; `OUTSIDE` for positions that are left alone."""
     slot_names: tuple[str, ...]
     metric: Metric
 
@@ -120,6 +121,45 @@ def positions_from_the_end(
     if first:
         slots[:, 0] = OUTSIDE
     return slots, tuple(str(place - length) for place in range(length))
+
+
+def contrast_of(data: TaskData, *, leave: frozenset[int] = frozenset()) -> Contrast:
+    """Return a task's pairs, with a slot for every position of its templates.
+
+    A position between two named slots is called after the one before it: `s2+1` is the token after
+    the second subject, in every template. The first position, padding and the tokens in `leave`
+    (special ones) are `OUTSIDE`.
+    """
+    rows = [_slot_labels(data, row) for row in range(len(data))]
+    places: dict[str, int] = {}
+    for labels in rows:
+        for position, label in enumerate(labels):
+            places[label] = min(position, places.get(label, position))
+    names = sorted(places, key=lambda label: places[label])
+    slots = torch.full(data.clean.shape, OUTSIDE)
+    for row, labels in enumerate(rows):
+        slots[row, : len(labels)] = torch.tensor([names.index(label) for label in labels])
+    slots[:, 0] = OUTSIDE
+    if leave:
+        slots[torch.isin(data.clean, torch.tensor(sorted(leave)))] = OUTSIDE
+
+    def metric(
+        logits: Float[Tensor, "batch pos d_vocab"], index: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        part = data.rows(index.cpu())
+        return part.measure(part.at_end(logits))
+
+    return Contrast(data.clean, data.corrupted, slots, tuple(names), metric)
+
+
+def _slot_labels(data: TaskData, row: int) -> list[str]:
+    """Return what each position of a prompt is called."""
+    named = {int(at[row]): name for name, at in data.slots.items() if int(at[row]) >= 0}
+    labels, last, since = [], "start", 0
+    for position in range(int(data.lengths[row])):
+        last, since = (named[position], 0) if position in named else (last, since + 1)
+        labels.append(f"{last}+{since}" if since else last)
+    return labels
 
 
 def clean_metric(

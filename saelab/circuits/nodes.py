@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Scores = Mapping[str, Float[Tensor, "slots nodes"]]
 """A number per node of each site; the last column is the error's."""
+Tables = Mapping[str, Shaped[Tensor, "slots nodes"]]
+"""Tables of the same sizes, whatever they hold."""
 Kept = Mapping[str, Bool[Tensor, "slots nodes"]]
 """A circuit: the nodes of each site that keep their own values."""
 
@@ -41,7 +43,7 @@ def shuffled(scores: Scores, *, seed: int, errors: bool = True) -> Int[Tensor, "
     return nodes[torch.randperm(len(nodes), generator=torch.Generator().manual_seed(seed))]
 
 
-def keep(like: Scores, numbers: Int[Tensor, " m"]) -> dict[str, Bool[Tensor, "slots nodes"]]:
+def keep(like: Tables, numbers: Int[Tensor, " m"]) -> dict[str, Bool[Tensor, "slots nodes"]]:
     """Return the circuit of the nodes with these numbers."""
     found, start = {}, 0
     for site, table in like.items():
@@ -53,7 +55,7 @@ def keep(like: Scores, numbers: Int[Tensor, " m"]) -> dict[str, Bool[Tensor, "sl
     return found
 
 
-def every(like: Scores, *, errors: bool = True) -> dict[str, Bool[Tensor, "slots nodes"]]:
+def every(like: Tables, *, errors: bool = True) -> dict[str, Bool[Tensor, "slots nodes"]]:
     """Return the circuit of all nodes, or of all latents."""
     ones = {site: torch.ones(table.shape, dtype=torch.bool) for site, table in like.items()}
     return {site: _latents_only(mask, errors) for site, mask in ones.items()}
@@ -69,7 +71,7 @@ def size(kept: Kept) -> int:
     return sum(int(mask.sum()) for mask in kept.values())
 
 
-def places(like: Scores, numbers: Int[Tensor, " m"]) -> list[Place]:
+def places(like: Tables, numbers: Int[Tensor, " m"]) -> list[Place]:
     """Return where the nodes with these numbers are, in that order."""
     starts, total = [], 0
     for site, table in like.items():
