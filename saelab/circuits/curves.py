@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saelab.circuits.ablation import Faithfulness, Share
 from saelab.circuits.attribution import AttributionConfig, SiteEffects, attribute
-from saelab.circuits.bases import Basis, Directions, neurons, principal_directions
+from saelab.circuits.bases import Basis, neurons, principal_directions
 from saelab.circuits.contrast import OUTSIDE, Contrast
 from saelab.circuits.nodes import keep, ranked, shuffled
 from saelab.config import Config
@@ -80,10 +80,8 @@ class Curves:
 
 
 def curves(
-    model: LanguageModel,
+    measure: Faithfulness,
     discovery: Contrast,
-    test: Contrast,
-    dictionaries: Mapping[str, Directions],
     effects: Mapping[str, SiteEffects],
     config: CurvesConfig | None = None,
     *,
@@ -92,25 +90,25 @@ def curves(
 ) -> Curves:
     """Return every arm's circuits, ranked by `effects` (of the discovery prompts).
 
-    Costs a forward pass over the test prompts per circuit, two for the arm `circuit`. Raises
-    ConfigError if the metric without any node cannot be told from that of the model.
+    `measure` has the test prompts. Costs a forward pass over them per circuit, two for the arm
+    `circuit`.
     """
     config, attribution = config or CurvesConfig(), attribution or AttributionConfig()
-    measure = Faithfulness(model, test, dictionaries, batch=attribution.batch, seed=seed)
     points = list(_of_dictionaries(measure, effects, config, seed))
     if config.bases:
-        rows = inside(model, discovery, list(dictionaries), batch=attribution.batch)
+        model, sites = measure.model, list(measure.dictionaries)
+        rows = inside(model, discovery, sites, batch=attribution.batch)
         arms: dict[str, dict[str, Basis]] = {
             "neurons": {site: neurons(x.shape[1]) for site, x in rows.items()},
             "pca": {site: principal_directions(x) for site, x in rows.items()},
         }
         for arm, bases in arms.items():
             found = attribute(model, discovery, bases, attribution)
-            own = Faithfulness(model, test, bases, batch=attribution.batch, seed=seed)
+            own = Faithfulness(model, measure.contrast, bases, batch=attribution.batch, seed=seed)
             points += _of_basis(own, arm, found, config)
     return Curves(
         tuple(points), measure.share(measure.ceiling()),
-        float(measure.full.mean()), float(measure.empty.mean()), len(test),
+        float(measure.full.mean()), float(measure.empty.mean()), len(measure.contrast),
     )  # fmt: skip
 
 

@@ -123,12 +123,10 @@ def test_a_metric_within_noise_has_no_faithfulness(linear, contrast):
 # -------------------------------------------------------------------------------------- curves
 
 
-def test_curves_reach_one_with_errors_and_the_ceiling_without(linear, contrast):
+def test_curves_reach_one_with_errors_and_the_ceiling_without(linear, contrast, measure):
     effects = attribute(linear, contrast, dictionaries(), FAST)
-    found = curves(
-        linear, contrast, contrast, dictionaries(), effects,
-        CurvesConfig(sizes=[2, 1000], draws=1), attribution=FAST,
-    )  # fmt: skip
+    sizes = CurvesConfig(sizes=[2, 1000], draws=1)
+    found = curves(measure, contrast, effects, sizes, attribution=FAST)
     last = {p.arm: p for p in found.points if p.n_nodes > 2}
     assert set(last) == {CIRCUIT, LATENTS, "by activation", "random 0", "neurons", "pca"}
     assert last[CIRCUIT].faithfulness.value == pytest.approx(1, abs=1e-4)
