@@ -13,6 +13,7 @@ page = st.navigation(
             ("runs", "Runs", ":material/grid_view:"),
             ("feature", "Feature", ":material/radar:"),
             ("text", "Try your text", ":material/edit_note:"),
+            ("circuit", "Circuit", ":material/hub:"),
         )
     ],
     position="top",

@@ -182,9 +182,9 @@ def _write_circuit(
     able = score(model, data, batch=config.attribution.batch)
     log.info("%s", able)
     require_able(able, force=config.task.force)
-    order = _interleaved(data, config.task.pairs)
-    found, tested = (data.rows(rows) for rows in order)
-    discovery, test = (contrast_of(part, leave=model.special_ids) for part in (found, tested))
+    first, others = _interleaved(data, config.task.pairs)
+    tested, pairs = data.rows(others), contrast_of(data, leave=model.special_ids)
+    discovery, test = pairs.select(first), pairs.select(others)
     batch, seed = config.attribution.batch, config.task.seed
     measure = Faithfulness(model, test, own, batch=batch, seed=seed)
     effects = attribute(model, discovery, own, config.attribution)

@@ -31,11 +31,11 @@ def draw(name: str, model: ToyModel, n: int, *, seed: int) -> TaskData:
     )
 
 
-def save_dictionary(out: Path, model: ToyModel, site: str, *, seed: int = 0, **facts) -> Path:
+def save_dictionary(out: Path, toy: ToyModel, site: str, *, seed: int = 0, **facts) -> Path:
     """Write an untrained TopK dictionary of a site as a finished artifact; return its folder."""
     dictionary = TopK(TopKConfig(d_in=32, d_sae=24, k=4))
     generator = torch.Generator().manual_seed(seed)
-    x = model.capture(torch.randint(2, model.d_vocab, (16, 8), generator=generator), [site])[site]
+    x = toy.capture(torch.randint(2, toy.d_vocab, (16, 8), generator=generator), [site])[site]
     dictionary.init_(x.flatten(0, 1), generator)
     name = f"toy-{site.split('.')[1]}-{seed}"
     with artifacts.open_draft(out, "dictionary", name, f"{seed}{site[-20:]}" * 8) as draft:

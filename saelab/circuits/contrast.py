@@ -6,7 +6,7 @@ or −1 for the last token): nodes of a graph and mean activations are kept per 
 of several templates add up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,19 +123,27 @@ def positions_from_the_end(
     return slots, tuple(str(place - length) for place in range(length))
 
 
-def contrast_of(data: TaskData, *, leave: frozenset[int] = frozenset()) -> Contrast:
+def contrast_of(
+    data: TaskData,
+    *,
+    leave: frozenset[int] = frozenset(),
+    slot_names: tuple[str, ...] | None = None,
+) -> Contrast:
     """Return a task's pairs, with a slot for every position of its templates.
 
     A position between two named slots is called after the one before it: `s2+1` is the token after
     the second subject, in every template. The first position, padding and the tokens in `leave`
-    (special ones) are `OUTSIDE`.
+    (special ones) are `OUTSIDE`. `slot_names` are those of other prompts of the task, to number
+    slots alike; raises ConfigError if a slot is not among them.
     """
     rows = [_slot_labels(data, row) for row in range(len(data))]
-    places: dict[str, int] = {}
-    for labels in rows:
-        for position, label in enumerate(labels):
-            places[label] = min(position, places.get(label, position))
-    names = sorted(places, key=lambda label: places[label])
+    names = slot_names or _in_order(rows)
+    unknown = {label for labels in rows for label in labels} - set(names)
+    if unknown:
+        raise ConfigError(
+            f"prompts of {data.name} have the slots {', '.join(sorted(unknown))}, but those known "
+            f"are {', '.join(names)}: take prompts of the same task and tokenizer"
+        )
     slots = torch.full(data.clean.shape, OUTSIDE)
     for row, labels in enumerate(rows):
         slots[row, : len(labels)] = torch.tensor([names.index(label) for label in labels])
@@ -149,7 +157,16 @@ def contrast_of(data: TaskData, *, leave: frozenset[int] = frozenset()) -> Contr
         part = data.rows(index.cpu())
         return part.measure(part.at_end(logits))
 
-    return Contrast(data.clean, data.corrupted, slots, tuple(names), metric)
+    return Contrast(data.clean, data.corrupted, slots, names, metric)
+
+
+def _in_order(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return all labels by the first position at which they stand anywhere."""
+    places: dict[str, int] = {}
+    for labels in rows:
+        for position, label in enumerate(labels):
+            places[label] = min(position, places.get(label, position))
+    return tuple(sorted(places, key=lambda label: places[label]))
 
 
 def _slot_labels(data: TaskData, row: int) -> list[str]:

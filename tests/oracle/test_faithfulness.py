@@ -200,6 +200,10 @@ def test_tasks_become_pairs_with_a_slot_for_every_position():
         assert bool((contrast.slots[row, length:] == OUTSIDE).all())
     logits = torch.randn(*contrast.clean.shape, 400, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(contrast.measure(logits), data.measure(data.at_end(logits)))
+    some = contrast_of(data.rows(torch.arange(2)), slot_names=names)
+    assert torch.equal(some.slots, contrast.slots[:2])
+    with pytest.raises(ConfigError, match="those known"):
+        contrast_of(data, slot_names=("s2", "end"))
     part = contrast.select(torch.tensor([4, 1])).select(torch.tensor([1]))
     torch.testing.assert_close(part.measure(logits[[1]]), contrast.measure(logits)[[1]])
 

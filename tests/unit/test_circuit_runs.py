@@ -64,7 +64,7 @@ def test_a_circuit_holds_its_graph_its_numbers_and_what_runs_it_again(made):
     assert [site.dictionary for site in graph.sites] == names
     assert all(site.content_hash for site in graph.sites)
     assert circuit.means[LAST].f.shape == (len(graph.slots), 24)
-    assert contrast_of(circuit.prompts).slot_names == graph.slots
+    assert contrast_of(circuit.prompts, slot_names=graph.slots).n_slots == len(graph.slots)
     assert len(circuit.prompts) == len(circuit.prompts.attributes["io"]) == 12
     rows = {(row["name"], row["arm"]): row for row in read_rows(found)}
     assert ("faithfulness", "all latents, no errors") in rows
@@ -137,7 +137,7 @@ def test_a_supervised_run_scores_every_arm(made, patched):
         {
             "name": "toy-labels", "model": {"source": "toy"}, "out": out,
             "dictionaries": [paths[1].parent / "toy-1-0"],
-            "task": {"name": "ioi", "fit": 60, "test": 8, "force": True},
+            "task": {"name": "ioi", "fit": 160, "test": 8, "force": True},
             "supervised": {"budgets": [2], "slots": ["end"], "batch": 32},
             "random_decoder": {"d_sae": 48, "k": 4},
         }
