@@ -3,22 +3,20 @@
 No Streamlit here.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab import artifacts
-from saelab.circuit_runs import RESULTS, Circuit
 from saelab.circuits.ablation import circuit_metric
 from saelab.circuits.contrast import clean_metric, contrast_of
 from saelab.circuits.graph import Edge, Graph, Node
 from saelab.circuits.nodes import every
+from saelab.circuits_features import Circuit
 from saelab.protocols import Dictionary, LanguageModel
 from saelab_app.library import Entry
 
@@ -79,18 +77,3 @@ def largest(graph: Graph, n: int) -> tuple[list[Node], list[Edge]]:
     nodes = list(graph.nodes[:n])
     ids = {node.id for node in nodes}
     return nodes, [e for e in graph.edges if e.source in ids and e.target in ids]
-
-
-def curves(path: Path) -> dict[str, list[tuple[int, float, float | None]]]:
-    """Return, by arm, (nodes, faithfulness, standard error) of the circuits that were measured."""
-    found: dict[str, list[tuple[int, float, float | None]]] = {}
-    for row in _rows(path):
-        arm, is_circuit, n = row["arm"].partition("(n=")
-        if row["name"] == "faithfulness" and is_circuit:
-            point = (int(n.rstrip(")")), row["value"], row["standard_error"])
-            found.setdefault(arm, []).append(point)
-    return {arm: sorted(points) for arm, points in found.items()}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / RESULTS).read_text("utf-8").splitlines()]

@@ -181,7 +181,7 @@ def _check_neurons(config: RunConfig, member: Member) -> None:
 
 
 def config_path(path: Path) -> Path:
-    """Return a configuration's file, here or among those shipped. Raises ConfigError if none is."""
+    """Return the file of a configuration, here or shipped. Raises ConfigError if there is none."""
     if path.exists():
         return path
     import saelab_experiments

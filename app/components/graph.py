@@ -7,6 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from saelab.circuits.graph import METRIC, Edge, Graph, Node
+from saelab.circuits_features import CurvePoint
 
 HELPS, HINDERS, OFF, PICKED = "#0f9687", "#d66014", "#8a94a3", "#5269e0"
 ROW = 6
@@ -139,7 +140,7 @@ def _short(site: str) -> str:
 
 
 def faithfulness(
-    curves: Mapping[str, Sequence[tuple[int, float, float | None]]],
+    curves: Mapping[str, Sequence[CurvePoint]],
     ceiling: float,
     colour: Mapping[str, str],
 ) -> go.Figure:
@@ -148,9 +149,9 @@ def faithfulness(
         layout=go.Layout(height=300, showlegend=False, margin={"l": 4, "r": 8, "t": 8, "b": 4})
     )
     for arm, points in curves.items():
-        errors: list[Any] = [error or 0.0 for _, _, error in points]
+        errors: list[Any] = [point.standard_error or 0.0 for point in points]
         drawn.add_scatter(
-            x=[n for n, _, _ in points], y=[value for _, value, _ in points], name=arm,
+            x=[p.n_nodes for p in points], y=[p.value for p in points], name=arm,
             error_y={"array": errors, "thickness": 1, "width": 3}, mode="lines+markers",
             line={"color": colour[arm], "width": 1.8},
             hovertemplate="%{x} nodes: %{y:.3f}<extra>" + arm + "</extra>",

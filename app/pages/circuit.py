@@ -5,8 +5,8 @@ from pathlib import Path
 
 import streamlit as st
 
-from saelab.circuit_runs import Circuit, open_circuit
 from saelab.circuits.graph import METRIC, Graph, Node
+from saelab.circuits_features import Circuit, open_circuit, read_curves
 from saelab.errors import SaelabError
 from saelab_app import circuits, state
 from saelab_app.components import charts, graph, numbers, pieces
@@ -194,7 +194,7 @@ def _switched(circuit: Circuit, off: set[str], entries: dict[str, Entry]) -> Non
 
 
 def _curves(circuit: Circuit, path: Path) -> None:
-    found = circuits.curves(path)
+    found = read_curves(path)
     colour = charts.colours(list(found))
     st.html(
         pieces.heading("Faithfulness", "of circuits of growing size, on other prompts")

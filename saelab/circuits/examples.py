@@ -267,8 +267,9 @@ _REPEATED, _LENGTH = 5, 10
 def induction(tokenizer: Tokenizer, chance: random.Random) -> Iterator[Example]:
     """Yield random words that begin again: right is the word that followed the last one before.
 
-    Wrong is a later word of the first run. Corrupted: these two change places. Unpredictable: the
-    second run has words that the first one has not.
+    Wrong is a later word of the first run. Corrupted: in the first run the last word changes places
+    with the one before the wrong word. Unpredictable: the second run has words that the first one
+    has not.
     """
     words = single_tokens(tokenizer, _WORDS, least=_LENGTH + _REPEATED, what="words")
     first, second = (
@@ -278,16 +279,16 @@ def induction(tokenizer: Tokenizer, chance: random.Random) -> Iterator[Example]:
     while True:
         drawn = chance.sample(words, _LENGTH + _REPEATED)
         run, fresh = drawn[:_LENGTH], drawn[_LENGTH:]
-        other = chance.randrange(_REPEATED + 1, _LENGTH)
+        other = chance.randrange(_REPEATED + 2, _LENGTH)
         fills = dict(zip(first, run, strict=True)) | dict(zip(second, run, strict=False))
-        right, wrong = first[_REPEATED], first[other]
+        last, before = first[_REPEATED - 1], first[other - 1]
         yield Example(
             frame,
             fills,
-            fills | {right: fills[wrong], wrong: fills[right]},
+            fills | {last: fills[before], before: fills[last]},
             fills | dict(zip(second, fresh, strict=True)),
-            [fills[right]],
-            [fills[wrong]],
+            [run[_REPEATED]],
+            [run[other]],
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelab.errors import ShapeError, SiteError, nearest
-from saelab.models.hooks import Point, handing_on, read, write
+from saelab.models.hooks import Past, Point, checked, handing_on, last_only, read, recorder, write
 from saelab.protocols import Edit
 from saelab.types import SiteInfo, TokenRun
 
@@ -38,6 +38,7 @@ class HookedModel(ABC):
     fingerprint: str
     d_model: int
     n_layers: int
+    n_heads: int
     d_vocab: int
     context: int
     device: torch.device
@@ -47,6 +48,8 @@ class HookedModel(ABC):
     pad_id: int | None
     special_ids: frozenset[int]
     adds_bos: bool
+    _unembed: nn.Module
+    """Makes logits of the final norm's output."""
 
     def __init__(self, points: Sequence[Point], *, blocks_return_tensors: bool) -> None:
         """Take the sites' places, in forward order, and whether blocks return bare tensors."""
@@ -73,6 +76,10 @@ class HookedModel(ABC):
         self, tokens: Tensor, cache: Any = None, use_cache: bool = False
     ) -> tuple[Tensor, Any]:
         """Return the logits, and the key-value cache after these tokens if one is used."""
+
+    @abstractmethod
+    def _copies(self, cache: Any, times: int) -> Any:
+        """Return a copy of a key-value cache, with every row `times` times in a row."""
 
     @abstractmethod
     def _read_out(self) -> tuple[Tensor, bool, Tensor]:
@@ -112,7 +119,7 @@ class HookedModel(ABC):
                 for name in names:
                     point = self._points[name]
                     if name in writes:
-                        handles += write(point, self._guard(call, _checked(name, writes[name])))
+                        handles += write(point, self._guard(call, checked(name, writes[name])))
                     if name in reads:
                         handles.append(read(point, self._guard(call, reads[name])))
                 yield
@@ -218,6 +225,36 @@ class HookedModel(ABC):
         layers = {"hook_resid_pre": layer, "hook_resid_post": layer + 1}.get(name, 0)
         return [self._point(f"blocks.{i}.hook_resid_post").module for i in range(layers)]
 
+    @torch.no_grad()
+    def remember(self, tokens: Int[Tensor, "batch pos"]) -> Past:
+        """Return the keys and values of a prompt's beginning, for `resume`; it is not changed."""
+        tokens = self._placed(tokens)
+        return Past(self._forward(tokens, use_cache=True)[1], *tokens.shape)
+
+    @torch.no_grad()
+    def resume(
+        self,
+        resid: Float[Tensor, "rows pos d_model"],
+        layer: int,
+        edits: Mapping[str, Edit] | None = None,
+        past: Past | None = None,
+    ) -> Float[Tensor, "rows d_vocab"]:
+        """Return the float32 logits at the last position, from the stream that enters a block.
+
+        Only blocks from `layer` on are run, and of the positions only those of `resid`; they attend
+        to those of `past` before them. Each of its rows stands for equally many rows of `resid`.
+        """
+        site = f"blocks.{layer}.hook_resid_pre"
+        edits = dict(edits or {})
+        edit = edits.pop(site, None)
+        start = resid.to(self.device, self.dtype)
+        edits[site] = lambda _: start if edit is None else edit(start)
+        tokens = torch.zeros(resid.shape[:2], dtype=torch.int64, device=self.device)
+        cache = None if past is None else self._copies(past.cache, len(resid) // past.rows)
+        shortened = (handing_on(self._blocks_before(site)), last_only(self._unembed))
+        with self._lock, shortened[0], shortened[1], self._hooks({}, edits):
+            return self._forward(tokens, cache, use_cache=cache is not None)[0][:, -1].float()
+
     def grad_at(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -232,7 +269,7 @@ class HookedModel(ABC):
         tokens = self._placed(tokens)
         seen: dict[str, Tensor] = {}
         edits = dict(edits or {})
-        edits |= {name: _recorder(name, seen, edits.get(name)) for name in sites}
+        edits |= {name: recorder(name, seen, edits.get(name)) for name in sites}
         with torch.enable_grad(), self._hooks({}, edits):
             value = objective(self._forward(tokens)[0].float())
             grads = torch.autograd.grad(value, [seen[name] for name in sites])
@@ -258,7 +295,7 @@ class HookedModel(ABC):
             seen[target] = x
             raise _Stop
 
-        with torch.enable_grad(), self._hooks({target: end}, {source: _recorder(source, seen)}):
+        with torch.enable_grad(), self._hooks({target: end}, {source: recorder(source, seen)}):
             with suppress(_Stop):
                 self._forward(tokens)
             back = cotangent.to(self.device, self.dtype)
@@ -359,30 +396,3 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> T
 
 def _partial(action: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
     return lambda x: action(name, x)
-
-
-def _recorder(name: str, seen: dict[str, Tensor], edit: Edit | None = None) -> Edit:
-    """Return an edit that notes the (edited) activations as a node of the graph."""
-
-    def record(x: Tensor) -> Tensor:
-        if edit is not None:
-            x = edit(x)
-        seen[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return seen[name]
-
-    return record
-
-
-def _checked(name: str, edit: Edit) -> Edit:
-    """Let an edit answer in another dtype, but not in another shape."""
-
-    def checked(x: Tensor) -> Tensor:
-        y = edit(x)
-        if y.shape != x.shape:
-            raise ShapeError(
-                f"the edit of {name!r} should return {tuple(x.shape)}, but returned "
-                f"{tuple(y.shape)}"
-            )
-        return y.to(x.dtype)
-
-    return checked

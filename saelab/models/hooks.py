@@ -8,6 +8,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from saelab.errors import ShapeError
+from saelab.protocols import Edit
 from saelab.types import SiteInfo
 
 
@@ -24,6 +26,15 @@ class Point:
     branch: "Point | None" = None
     """For `hook_resid_mid` only: what attention adds. The middle of the residual stream is no
     module's output, so a change of it is added here; both MLP and skip connection then see it."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of the beginning of some prompts."""
+
+    cache: Any
+    rows: int
+    positions: int
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -99,3 +110,44 @@ def handing_on(blocks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
+
+
+@contextmanager
+def last_only(unembed: nn.Module) -> Iterator[None]:
+    """Let a read-out see the last position only."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        return (args[0][:, -1:],)
+
+    handle = unembed.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def recorder(name: str, seen: dict[str, Tensor], edit: Edit | None = None) -> Edit:
+    """Return an edit that notes the (edited) activations as a node of the graph."""
+
+    def record(x: Tensor) -> Tensor:
+        if edit is not None:
+            x = edit(x)
+        seen[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return seen[name]
+
+    return record
+
+
+def checked(name: str, edit: Edit) -> Edit:
+    """Let an edit answer in another dtype, but not in another shape."""
+
+    def checked(x: Tensor) -> Tensor:
+        y = edit(x)
+        if y.shape != x.shape:
+            raise ShapeError(
+                f"the edit of {name!r} should return {tuple(x.shape)}, but returned "
+                f"{tuple(y.shape)}"
+            )
+        return y.to(x.dtype)
+
+    return checked

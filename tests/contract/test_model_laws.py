@@ -242,6 +242,24 @@ def test_a_vector_jacobian_product_agrees_with_finite_differences(model, tokens,
         model.vjp(tokens, target, source, cotangent)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("beginning", [0, 3])
+def test_going_on_from_the_middle_gives_the_logits_of_a_whole_pass(model, tokens, layer, beginning):
+    site, stream = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_resid_pre"
+    before = hook_counts(model)
+    shift = torch.randn(2, 3, 7, model.site(site).width, generator=torch.Generator().manual_seed(1))
+    shift[:, :, :beginning] = 0
+    entering = model.capture(tokens, [stream])[stream][:, beginning:]
+    past = model.remember(tokens[:, :beginning]) if beginning else None
+    edits = {site: lambda z: z + shift.flatten(0, 1)[:, beginning:]}
+    for _ in range(2):
+        found = model.resume(entering.repeat_interleave(3, 0), layer, edits, past)
+    whole = model.logits(tokens.repeat_interleave(3, 0), {site: lambda z: z + shift.flatten(0, 1)})
+    torch.testing.assert_close(found, whole[:, -1], atol=1e-4, rtol=1e-4)
+    assert hook_counts(model) == before
+    assert not torch.allclose(found, model.logits(tokens.repeat_interleave(3, 0))[:, -1])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_with_a_cache_equals_the_loop_without_one(model, tokens, temperature):
     edits = {"blocks.0.hook_resid_mid": lambda x: 0.7 * x}

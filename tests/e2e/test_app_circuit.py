@@ -8,8 +8,8 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 from test_app import CHROMIUM, no_exception, open_page, served  # noqa: F401 (a fixture)
 
-from saelab import artifacts, circuit_runs
-from saelab.circuit_config import FeaturesConfig
+from saelab import artifacts, circuits_features
+from saelab.circuits_config import FeaturesConfig
 from saelab.dictionaries import load
 from saelab_app import circuits, library, serve, state
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory, toy_model):
     paths = [circuit_prompts.save_dictionary(out, toy_model, site) for site in (FIRST, SITE)]
     _index(out, artifacts.parent_of(paths[1]), load(paths[1]), TextStore(toy_model), toy_model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(circuit_runs, "draw", circuit_prompts.draw)
+        patch.setattr(circuits_features, "draw", circuit_prompts.draw)
         patch.setenv("SAELAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         config = {
             "name": "toy-ioi", "model": {"source": "toy"}, "dictionaries": paths, "out": out,
@@ -35,7 +35,7 @@ def run(tmp_path_factory, toy_model):
             "attribution": {"method": "attribution"}, "graph": {"nodes": 12},
             "curves": {"sizes": [4], "draws": 0, "bases": False},
         }  # fmt: skip
-        circuit_runs.features(FeaturesConfig.parse(config))
+        circuits_features.features(FeaturesConfig.parse(config))
     return out
 
 
@@ -60,7 +60,7 @@ def test_the_page_draws_the_graph_and_switches_a_node_off(home):
 
 
 def test_a_node_links_to_its_feature_page_where_there_is_one(home):
-    graph = circuit_runs.open_circuit(circuits.folders(state.folder())[0]).graph
+    graph = circuits_features.open_circuit(circuits.folders(state.folder())[0]).graph
     node = next(n for n in graph.nodes if n.site == SITE and n.latent is not None)
     open_page(home, "circuit", node=node.id)
     assert any(node.id == box.value for box in home.selectbox)
@@ -75,7 +75,7 @@ def test_a_folder_without_circuits_explains_itself(home, tmp_path, monkeypatch):
 
 
 def test_nodes_that_are_off_take_their_means(run, toy_model):
-    circuit = circuit_runs.open_circuit(circuits.folders(run)[0])
+    circuit = circuits_features.open_circuit(circuits.folders(run)[0])
     entries = circuits.entries_of(circuit.graph, library.entries(run))
     assert set(entries) == {FIRST, SITE}
     own = {site: load(entry.path) for site, entry in entries.items()}

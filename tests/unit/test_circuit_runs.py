@@ -7,16 +7,17 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from saelab import artifacts, circuit_runs
-from saelab.circuit_config import (
-    FeaturesConfig,
-    SupervisedRunConfig,
-    load_features_config,
-    load_supervised_config,
-)
+from saelab import artifacts, circuits_features, circuits_supervised
 from saelab.circuits.contrast import contrast_of
 from saelab.circuits.viewer import schema
-from saelab.circuits_cli import circuit_table, supervised_table
+from saelab.circuits_config import (
+    FeaturesConfig,
+    SupervisedRunConfig,
+    load_features,
+    load_supervised,
+)
+from saelab.circuits_inputs import parted
+from saelab.circuits_report import circuit_tables, supervised_table
 from saelab.errors import ArtifactError, ConfigError, TaskError
 from saelab.report import read_rows
 
@@ -29,11 +30,11 @@ def made(tmp_path_factory, toy_model):
     out = tmp_path_factory.mktemp("run")
     paths = [circuit_prompts.save_dictionary(out, toy_model, site) for site in (FIRST, LAST)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(circuit_runs, "draw", circuit_prompts.draw)
+        patch.setattr(circuits_features, "draw", circuit_prompts.draw)
         patch.setenv("SAELAB_CACHE", str(out / "cache"))
         config = features_config(out, paths)
-        found = circuit_runs.features(config)
-        assert circuit_runs.features(config) == found
+        found = circuits_features.features(config)
+        assert circuits_features.features(config) == found
     return out, paths, found
 
 
@@ -51,13 +52,14 @@ def features_config(out, paths, **changes):
 
 @pytest.fixture
 def patched(monkeypatch, tmp_path):
-    monkeypatch.setattr(circuit_runs, "draw", circuit_prompts.draw)
+    for runs in (circuits_features, circuits_supervised):
+        monkeypatch.setattr(runs, "draw", circuit_prompts.draw)
     monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
 
 
 def test_a_circuit_holds_its_graph_its_numbers_and_what_runs_it_again(made):
     _, paths, found = made
-    circuit = circuit_runs.open_circuit(found)
+    circuit = circuits_features.open_circuit(found)
     graph, manifest = circuit.graph, circuit.manifest
     assert manifest.facts["n_nodes"] == len(graph.nodes) == 12
     names = [artifacts.read_manifest(path).name for path in paths]
@@ -81,16 +83,16 @@ def test_the_viewers_file_validates(made):
 
 def test_the_tables_say_what_was_found(made):
     _, _, found = made
-    graph = circuit_runs.open_circuit(found).graph
+    graph = circuits_features.open_circuit(found).graph
     console = Console(width=160, record=True)
-    console.print(circuit_table(found, graph, 3))
+    console.print(circuit_tables(found, graph, 3))
     text = console.export_text()
     assert graph.nodes[0].id in text and "ceiling" in text and "by activation" in text
 
 
 def test_discovery_and_test_share_no_prompt_and_both_have_every_template(toy_model):
     data = circuit_prompts.draw("ioi", toy_model, 24, seed=0)
-    first, second = circuit_runs._interleaved(data, 8)
+    first, second = parted(data, 8)
     assert len(first) == 8 and sorted([*first.tolist(), *second.tolist()]) == list(range(24))
     assert set(data.templates[first].tolist()) == set(data.templates[second].tolist()) == {0, 1}
 
@@ -101,18 +103,18 @@ def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, pa
         out, toy_model, FIRST, seed=5, model={"source": "toy:seed=3", "name": "toy-3"}
     )
     with pytest.raises(ArtifactError, match="trained on activations of toy:seed=3"):
-        circuit_runs.features(features_config(out, [other]))
+        circuits_features.features(features_config(out, [other]))
     again = circuit_prompts.save_dictionary(out, toy_model, FIRST, seed=6)
     with pytest.raises(ConfigError, match="one dictionary per site"):
-        circuit_runs.features(features_config(out, [paths[0], again]))
+        circuits_features.features(features_config(out, [paths[0], again]))
     with pytest.raises(ArtifactError, match="no finished dictionary"):
-        circuit_runs.features(features_config(out, [out / "dictionary" / "none"]))
+        circuits_features.features(features_config(out, [out / "dictionary" / "none"]))
     with pytest.raises(ArtifactError, match="is a circuit"):
-        circuit_runs.features(features_config(out, [found]))
+        circuits_features.features(features_config(out, [found]))
     with pytest.raises(ArtifactError, match="a circuit is wanted"):
-        circuit_runs.open_circuit(paths[0])
+        circuits_features.open_circuit(paths[0])
     with pytest.raises(ConfigError, match="at least one"):
-        circuit_runs.features(features_config(out, []))
+        circuits_features.features(features_config(out, []))
 
 
 def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched, monkeypatch):
@@ -124,11 +126,11 @@ def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched,
         with mock.patch.multiple(examples, **circuit_prompts.WORDING):
             return tasks.draw(*args, **kwargs)
 
-    monkeypatch.setattr(circuit_runs, "draw", as_written)
+    monkeypatch.setattr(circuits_features, "draw", as_written)
     out, paths, _ = made
     task = {"name": "ioi", "pairs": 4, "test_pairs": 4}
     with pytest.raises(TaskError, match="cannot do the task"):
-        circuit_runs.features(features_config(out, paths, task=task))
+        circuits_features.features(features_config(out, paths, task=task))
 
 
 def test_a_supervised_run_scores_every_arm(made, patched):
@@ -142,7 +144,7 @@ def test_a_supervised_run_scores_every_arm(made, patched):
             "random_decoder": {"d_sae": 48, "k": 4},
         }
     )  # fmt: skip
-    found = circuit_runs.supervised(config)
+    found = circuits_supervised.supervised(config)
     rows = read_rows(found)
     assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", "random decoder"}
     values = {(row["arm"], row["name"]): row["value"] for row in rows}
@@ -153,14 +155,14 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     assert "necessity" in console.export_text()
     two_sites = config.model_copy(update={"dictionaries": paths})
     with pytest.raises(ConfigError, match="compared at one site"):
-        circuit_runs.supervised(two_sites)
+        circuits_supervised.supervised(two_sites)
 
 
 def test_the_shipped_configurations_are_valid():
     from pathlib import Path
 
     shipped = Path(__file__).parents[2] / "experiments" / "circuits"
-    features = load_features_config(shipped / "ioi.yaml")
+    features = load_features(shipped / "ioi.yaml")
     assert len(features.dictionaries) >= 3 and features.task.name == "ioi"
-    supervised = load_supervised_config(shipped / "supervised.yaml")
+    supervised = load_supervised(shipped / "supervised.yaml")
     assert len(supervised.dictionaries) == 4 and supervised.random_decoder is not None

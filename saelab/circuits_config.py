@@ -106,11 +106,11 @@ class SupervisedRunConfig(CircuitConfig):
     """The floor's size; left out: no floor."""
 
 
-def load_features_config(source: Path, overrides: Sequence[str] = ()) -> FeaturesConfig:
+def load_features(source: Path, overrides: Sequence[str] = ()) -> FeaturesConfig:
     """Read the configuration of a feature circuit: a YAML path, or the name of a shipped one."""
     return FeaturesConfig.parse(load_yaml(config_path(source), overrides))
 
 
-def load_supervised_config(source: Path, overrides: Sequence[str] = ()) -> SupervisedRunConfig:
+def load_supervised(source: Path, overrides: Sequence[str] = ()) -> SupervisedRunConfig:
     """Read the configuration of a supervised evaluation, likewise."""
     return SupervisedRunConfig.parse(load_yaml(config_path(source), overrides))

@@ -1,28 +1,20 @@
-"""Runs of circuits: a configuration, the prompts, the dictionaries, and one artifact.
+"""`saelab circuits features`: a sparse feature circuit as an artifact.
 
-`features` makes a *circuit*: `graph.json`, what is needed to run it again in `tensors.safetensors`
-(prompts, means), its curves in `results.jsonl`, and `viewer.json` for circuit-tracer's viewer.
-`supervised` makes a *supervised* evaluation: `results.jsonl`. Both are found again by their key.
+A *circuit* holds `graph.json`, what runs it again in `tensors.safetensors` (test prompts, means),
+its curves in `results.jsonl`, and `viewer.json` for circuit-tracer's viewer.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from saelab import api, artifacts, assets, dictionaries
+from saelab import artifacts
 from saelab.artifacts import Draft, Manifest, canonical_line
-from saelab.circuit_config import (
-    CircuitConfig,
-    FeaturesConfig,
-    RandomDecoderConfig,
-    SupervisedRunConfig,
-)
 from saelab.circuits import curves as curves_of
 from saelab.circuits import examples
 from saelab.circuits.ability import TaskScore, require_able, score
@@ -31,15 +23,20 @@ from saelab.circuits.attribution import attribute
 from saelab.circuits.contrast import Contrast, contrast_of
 from saelab.circuits.curves import Curves
 from saelab.circuits.graph import Graph, build, positions
-from saelab.circuits.supervised import SupervisedEvaluation
 from saelab.circuits.tasks import TaskData, draw
-from saelab.circuits.vectors import vectors
 from saelab.circuits.viewer import Prompt, viewer_graph
-from saelab.config import Config
+from saelab.circuits_config import FeaturesConfig
+from saelab.circuits_inputs import (
+    chosen_dictionaries,
+    find_or_make,
+    load_dictionary,
+    numbers,
+    open_model,
+    parted,
+)
 from saelab.errors import ArtifactError, ConfigError
-from saelab.models import resolve_device
-from saelab.protocols import Dictionary, LanguageModel
-from saelab.stages import Stages, Work
+from saelab.protocols import LanguageModel
+from saelab.report import read_rows
 from saelab.stats import ResultRow
 
 log = logging.getLogger(__name__)
@@ -50,12 +47,10 @@ GRAPH, TENSORS, RESULTS, VIEWER = (
     "results.jsonl",
     "viewer.json",
 )
-RANDOM = "random decoder"
+CEILING = "all latents, no errors"
+"""Arm of the circuit of all latents."""
 VERSION = 1
 """Of the rows of a circuit's results."""
-
-
-# ------------------------------------------------------------------------------------------- stages
 
 
 def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
@@ -64,15 +59,15 @@ def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
     Raises ArtifactError for dictionaries of another model or two of one site, TaskError if the
     model cannot do the task, ResourceError if the graph is too large.
     """
-    chosen = _dictionaries(config)
+    chosen = chosen_dictionaries(config)
     by_site = {manifest.facts["site"]: path for path, manifest in chosen.items()}
     if len(by_site) < len(chosen):
         raise ConfigError("a circuit takes one dictionary per site, but two are of the same site")
-    model = _model(config)
+    model = open_model(config)
     inputs = {
         "model": model.fingerprint,
         "task": config.task.plain() | {"version": examples.VERSION},
-        "attribution": _numbers(config.attribution),
+        "attribution": numbers(config.attribution),
         "graph": config.graph.plain(),
         "curves": config.curves.plain(),
     }
@@ -80,109 +75,20 @@ def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
     def fill(draft: Draft) -> dict[str, Any]:
         return _write_circuit(draft, model, config, by_site)
 
-    return _find_or_make(config, "circuit", inputs, list(chosen), fill, wait)
-
-
-def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:
-    """Find or make a supervised evaluation; return its folder.
-
-    Raises ArtifactError for dictionaries of another model, ConfigError if they are of several
-    sites, or for a task whose prompts have no attributes.
-    """
-    chosen = _dictionaries(config)
-    sites = {manifest.facts["site"] for manifest in chosen.values()}
-    if len(sites) > 1:
-        raise ConfigError(
-            f"dictionaries are compared at one site, but these are of {', '.join(sorted(sites))}"
-        )
-    model, (site,) = _model(config), sites
-    inputs = {
-        "model": model.fingerprint,
-        "task": config.task.plain() | {"version": examples.VERSION},
-        "supervised": _numbers(config.supervised),
-        "random_decoder": config.random_decoder and config.random_decoder.plain(),
-    }
-
-    def fill(draft: Draft) -> dict[str, Any]:
-        return _write_supervised(draft, model, config, chosen, site)
-
-    return _find_or_make(config, "supervised", inputs, list(chosen), fill, wait)
-
-
-def _find_or_make(
-    config: CircuitConfig,
-    stage: str,
-    inputs: dict[str, Any],
-    parents: list[Path],
-    fill: Any,
-    wait: float,
-) -> Path:
-    stages = Stages(assets.cache_dir(), dry=False, wait=wait)
-    work = Work(stage, config.name, inputs, [artifacts.parent_of(path) for path in parents])
-    found = stages.find(work, config.out)
-    if found is None:
-        found = stages.make(work, config.out, fill, config.device)
-        assert found is not None
-    return found
-
-
-def _numbers(config: Config) -> dict[str, Any]:
-    """Return the fields that change the numbers: all but the size of batches."""
-    return {key: value for key, value in config.plain().items() if key != "batch"}
-
-
-def _model(config: CircuitConfig) -> LanguageModel:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    return api.load_model(config.model.source, dtype=config.model.dtype, device=device)
-
-
-def _dictionaries(config: CircuitConfig) -> dict[Path, Manifest]:
-    """Return the finished dictionaries of a configuration, all of its model."""
-    if not config.dictionaries:
-        raise ConfigError("dictionaries: give at least one finished dictionary's folder")
-    chosen = {path: artifacts.read_manifest(path) for path in map(_finished, config.dictionaries)}
-    for path, manifest in chosen.items():
-        if manifest.stage != "dictionary":
-            raise ArtifactError(f"{path} is a {manifest.stage}, but a dictionary is wanted")
-        source = (manifest.facts.get("model") or {}).get("source")
-        if source is not None and source != config.model.source:
-            raise ArtifactError(
-                f"{path} was trained on activations of {source}, but the circuit is of "
-                f"{config.model.source}: give dictionaries of this model"
-            )
-    return chosen
-
-
-def _finished(path: Path) -> Path:
-    """Return a dictionary's folder from its path, or from that without the key at its end."""
-    if (path / artifacts.MANIFEST).exists():
-        return path
-    found = [p.parent for p in path.parent.glob(f"{path.name}-????????/{artifacts.MANIFEST}")]
-    if len(found) != 1:
-        what = "no finished dictionary" if not found else f"{len(found)} dictionaries"
-        raise ArtifactError(
-            f"there is {what} at {path}; `saelab list` shows those of a run, and `saelab train` "
-            "makes them"
-        )
-    return found[0]
-
-
-# ------------------------------------------------------------------------------- feature circuits
+    return find_or_make(config, "circuit", inputs, list(chosen), fill, wait=wait)
 
 
 def _write_circuit(
     draft: Draft, model: LanguageModel, config: FeaturesConfig, by_site: Mapping[str, Path]
 ) -> dict[str, Any]:
     """Find a circuit and measure it; return the manifest's facts."""
-    own = {site: _load(path, model) for site, path in by_site.items()}
+    own = {site: load_dictionary(path, model) for site, path in by_site.items()}
     n = config.task.pairs + config.task.test_pairs
     data = draw(config.task.name, model, n, seed=config.task.seed)
     able = score(model, data, batch=config.attribution.batch)
     log.info("%s", able)
     require_able(able, force=config.task.force)
-    first, others = _interleaved(data, config.task.pairs)
+    first, others = parted(data, config.task.pairs)
     tested, pairs = data.rows(others), contrast_of(data, leave=model.special_ids)
     discovery, test = pairs.select(first), pairs.select(others)
     batch, seed = config.attribution.batch, config.task.seed
@@ -218,18 +124,6 @@ def _write_circuit(
     }
 
 
-def _interleaved(data: TaskData, pairs: int) -> tuple[Tensor, Tensor]:
-    """Return the rows for discovery and for test: both have every template as often as they can."""
-    order = data.templates.argsort(stable=True)
-    number, n = torch.arange(len(order)), len(order)
-    first = (number + 1) * pairs // n > number * pairs // n
-    return order[first].sort().values, order[~first].sort().values
-
-
-def _load(path: Path, model: LanguageModel) -> Any:
-    return dictionaries.load(path).to(model.device)
-
-
 def _with_lineage(graph: Graph, by_site: Mapping[str, Path]) -> Graph:
     sites = []
     for site in graph.sites:
@@ -262,18 +156,20 @@ def _tensors(data: TaskData, means: Mapping[str, Means]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def _circuit_rows(able: TaskScore, measured: Curves, config: FeaturesConfig) -> Any:
+def _circuit_rows(able: TaskScore, measured: Curves, config: FeaturesConfig) -> Iterator[ResultRow]:
     """Yield a circuit's numbers as result rows."""
     n = measured.n_prompts
 
-    def row(name: str, value: float, error: float | None, arm: str, unit: str = "share") -> Any:
+    def row(
+        name: str, value: float, error: float | None, arm: str, unit: str = "share"
+    ) -> ResultRow:
         return ResultRow(name, value, unit, n, error, VERSION, arm, evaluator="circuit")
 
     yield row("accuracy", able.accuracy, able.accuracy_error, "model")
     yield row("metric", measured.clean, None, "model", "metric")
     yield row("metric", measured.empty, None, "no nodes", "metric")
     ceiling = measured.ceiling
-    yield row("faithfulness", ceiling.value, ceiling.standard_error, "all latents, no errors")
+    yield row("faithfulness", ceiling.value, ceiling.standard_error, CEILING)
     for point in measured.points:
         arm = f"{point.arm}(n={point.n_nodes})"
         for name, share in (
@@ -322,53 +218,21 @@ def open_circuit(path: Path) -> Circuit:
     return Circuit(graph, prompts, means, manifest)
 
 
-# --------------------------------------------------------------------------- supervised evaluation
+@dataclass(frozen=True)
+class CurvePoint:
+    """The faithfulness of one measured circuit."""
+
+    n_nodes: int
+    value: float
+    standard_error: float | None
 
 
-def _write_supervised(
-    draft: Draft,
-    model: LanguageModel,
-    config: SupervisedRunConfig,
-    chosen: Mapping[Path, Manifest],
-    site: str,
-) -> dict[str, Any]:
-    """Hold dictionaries against labels; return the manifest's facts."""
-    n = config.task.fit + config.task.test
-    data = draw(config.task.name, model, n, seed=config.task.seed)
-    test, fit = (data.rows(rows) for rows in _interleaved(data, config.task.test))
-    able = score(model, test, batch=config.supervised.batch)
-    log.info("%s", able)
-    require_able(able, force=config.task.force)
-    evaluation = SupervisedEvaluation(
-        model, site, fit, test, config.supervised, seed=config.task.seed
-    )
-    section = evaluation.section
-    log.info("%s at %s: %.0f %%", section.site, ", ".join(section.slots), 100 * section.moved)
-    arms = {manifest.name: _load(path, model) for path, manifest in chosen.items()}
-    if config.random_decoder is not None:
-        arms[RANDOM] = random_decoder(model, fit, site, config.random_decoder)
-    origin = {"site": site, "model": model.fingerprint}
-    rows = list(evaluation.rows(arms))
-    draft.write(RESULTS, [canonical_line(row.plain() | origin) for row in rows])
-    return {
-        "task": config.task.name,
-        "model": config.model.plain() | {"name": model.name},
-        "site": site,
-        "slots": list(section.slots),
-        "moved": section.moved,
-        "n_results": len(rows),
-    }
-
-
-def random_decoder(
-    model: LanguageModel, data: TaskData, site: str, config: RandomDecoderConfig
-) -> Dictionary:
-    """Return an untrained TopK dictionary: random unit directions, an encoder tied to them, and the
-    median of the prompts' activations as bias."""
-    every = [name for name, at in data.slots.items() if bool((at >= 0).all())]
-    x = vectors(model, data, site, every).flatten(0, 1)
-    made = dictionaries.create(
-        {"type": "topk", "d_in": x.shape[1], "d_sae": config.d_sae, "k": config.k}
-    ).to(model.device)
-    made.init_(x.float(), torch.Generator().manual_seed(config.seed))  # pyright: ignore[reportAttributeAccessIssue]
-    return made
+def read_curves(path: Path) -> dict[str, list[CurvePoint]]:
+    """Return the circuits that a finished circuit's curves are of: by arm, smallest first."""
+    found: dict[str, list[CurvePoint]] = {}
+    for row in read_rows(path):
+        arm, is_point, n = row["arm"].partition("(n=")
+        if row["name"] == "faithfulness" and is_point:
+            point = CurvePoint(int(n.rstrip(")")), row["value"], row["standard_error"])
+            found.setdefault(arm, []).append(point)
+    return {arm: sorted(points, key=lambda p: p.n_nodes) for arm, points in found.items()}
