@@ -22,6 +22,7 @@ from saelab.circuits.ablation import Faithfulness, Means
 from saelab.circuits.attribution import attribute
 from saelab.circuits.contrast import Contrast, contrast_of
 from saelab.circuits.curves import Curves
+from saelab.circuits.edges import check_budget
 from saelab.circuits.graph import Graph, build, positions
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
@@ -41,12 +42,8 @@ from saelab.stats import ResultRow
 
 log = logging.getLogger(__name__)
 
-GRAPH, TENSORS, RESULTS, VIEWER = (
-    "graph.json",
-    "tensors.safetensors",
-    "results.jsonl",
-    "viewer.json",
-)
+GRAPH, TENSORS = "graph.json", "tensors.safetensors"
+RESULTS, VIEWER = "results.jsonl", "viewer.json"
 CEILING = "all latents, no errors"
 """Arm of the circuit of all latents."""
 VERSION = 1
@@ -66,9 +63,9 @@ def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
     model = open_model(config)
     inputs = {
         "model": model.fingerprint,
-        "task": config.task.plain() | {"version": examples.VERSION},
+        "task": numbers(config.task) | {"version": examples.VERSION},
         "attribution": numbers(config.attribution),
-        "graph": config.graph.plain(),
+        "graph": numbers(config.graph),
         "curves": config.curves.plain(),
     }
 
@@ -92,6 +89,7 @@ def _write_circuit(
     tested, pairs = data.rows(others), contrast_of(data, leave=model.special_ids)
     discovery, test = pairs.select(first), pairs.select(others)
     batch, seed = config.attribution.batch, config.task.seed
+    check_budget(model, discovery, own, config.graph.nodes, batch=batch, gb=config.graph.memory_gb)
     measure = Faithfulness(model, test, own, batch=batch, seed=seed)
     effects = attribute(model, discovery, own, config.attribution)
     log.info("effects of %d nodes", sum(e.mean.numel() for e in effects.values()))

@@ -36,9 +36,13 @@ def find_or_make(
     return found
 
 
+_MANNERS = {"batch", "memory_gb", "force"}
+"""Fields that change no number."""
+
+
 def numbers(config: Config) -> dict[str, Any]:
-    """Return the fields that change the numbers: all but the size of batches."""
-    return {key: value for key, value in config.plain().items() if key != "batch"}
+    """Return the fields that change the numbers."""
+    return {key: value for key, value in config.plain().items() if key not in _MANNERS}
 
 
 def open_model(config: CircuitConfig) -> LanguageModel:
@@ -46,7 +50,7 @@ def open_model(config: CircuitConfig) -> LanguageModel:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
-    return api.loadopen_model(config.model.source, dtype=config.model.dtype, device=device)
+    return api.load_model(config.model.source, dtype=config.model.dtype, device=device)
 
 
 def chosen_dictionaries(config: CircuitConfig) -> dict[Path, Manifest]:

@@ -51,7 +51,7 @@ def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:
     model, (site,) = open_model(config), sites
     inputs = {
         "model": model.fingerprint,
-        "task": config.task.plain() | {"version": examples.VERSION},
+        "task": numbers(config.task) | {"version": examples.VERSION},
         "supervised": numbers(config.supervised),
         "random_decoder": config.random_decoder and config.random_decoder.plain(),
     }
