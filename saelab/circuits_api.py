@@ -23,7 +23,6 @@ from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig
 from saelab.errors import ConfigError, TaskError
 from saelab.progress import Bar
-from saelab.train.config import TrainConfig
 
 GRADIENT = "attribution_patching"
 INTEGRATED = "integrated_gradients"
@@ -51,7 +50,7 @@ def task_scores(
     return found
 
 
-def code_fitter(dictionary: Mapping[str, Any], train: TrainConfig) -> Fit:
+def code_fitter(codes: CodesConfig) -> Fit:
     """Return what learns a dictionary over head outputs, a fifth of which is held out."""
 
     def learn(rows: Float[Tensor, "n d"], seed: int) -> Encode:
@@ -59,7 +58,8 @@ def code_fitter(dictionary: Mapping[str, Any], train: TrainConfig) -> Fit:
             path = Path(folder) / "outputs.npy"
             np.save(path, rows.float().numpy())
             made = api.store_from_arrays({"heads": path}, Path(folder), holdout=0.2)
-            return api.fit(dictionary, api.open_store(made), train, seed=seed).encode
+            opened = api.open_store(made)
+            return api.fit(codes.dictionary, opened, codes.train, lr=codes.lr, seed=seed).encode
 
     return learn
 
@@ -142,7 +142,7 @@ def write_heads(
     """
     causal, codes, ranks = config
     known = [_truth(*place, folders) for place, folders in truths.items()]
-    fit = code_fitter(codes.dictionary, codes.train)
+    fit = code_fitter(codes)
     rows = []
     total = codes.draws * len(codes.negatives) * len(codes.examples)
     with Bar(f"{task}: scores of heads", total, "sets") as bar:

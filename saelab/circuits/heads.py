@@ -69,6 +69,8 @@ class CodesConfig(Config):
         "sparsity_weight": 0.001,
     }
     """The small dictionary over outputs: any type, with its fields."""
+    lr: float | None = Field(2e-3, gt=0)
+    """Peak learning rate; null: the rule of training, which is large for so few latents."""
     train: TrainConfig = TrainConfig(batch=1024, tokens=400_000)
     """How it is trained."""
     normalise: bool = True

@@ -91,3 +91,11 @@ def test_the_table_of_tasks_says_which_a_model_can_do_and_which_have_no_words():
     line = next(line for line in result.output.splitlines() if line.startswith("induction"))
     assert "100%" in line and line.rstrip().endswith("can")
     assert "single tokens are needed" in " ".join(result.output.split())
+
+
+def test_the_shipped_configuration_fixes_the_scores_and_their_cut_offs():
+    config = circuits_run.load_heads("circuits/heads")
+    assert config.effects.pairs >= 64 and config.codes.draws >= 5
+    assert config.codes.examples == [5, 10, 20]
+    assert config.ranking.precision_at == [10, 26]
+    assert config.ranking.cutoffs == [0.01, 0.02, 0.05, 0.1] and config.ranking.negligible == 0.005
