@@ -20,6 +20,7 @@ from saelab.circuits_inputs import parted
 from saelab.circuits_report import circuit_tables, supervised_table
 from saelab.errors import ArtifactError, ConfigError, TaskError
 from saelab.report import read_rows
+from saelab.run_config import load_config
 
 FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 
@@ -162,7 +163,9 @@ def test_the_shipped_configurations_are_valid():
     from pathlib import Path
 
     shipped = Path(__file__).parents[2] / "experiments" / "circuits"
+    made = {f"circuits-{m.name}" for m in load_config(shipped / "dictionaries.yaml").members()}
     features = load_features(shipped / "ioi.yaml")
     assert len(features.dictionaries) >= 3 and features.task.name == "ioi"
     supervised = load_supervised(shipped / "supervised.yaml")
     assert len(supervised.dictionaries) == 4 and supervised.random_decoder is not None
+    assert {path.name for path in (*features.dictionaries, *supervised.dictionaries)} == made
