@@ -19,7 +19,7 @@ from saelab.circuits import curves as curves_of
 from saelab.circuits import examples
 from saelab.circuits.ability import TaskScore, require_able, score
 from saelab.circuits.ablation import Faithfulness, Means
-from saelab.circuits.attribution import attribute
+from saelab.circuits.attribution import passages
 from saelab.circuits.contrast import Contrast, contrast_of
 from saelab.circuits.curves import Curves
 from saelab.circuits.edges import check_budget
@@ -91,18 +91,14 @@ def _write_circuit(
     batch, seed = config.attribution.batch, config.task.seed
     check_budget(model, discovery, own, config.graph.nodes, batch=batch, gb=config.graph.memory_gb)
     measure = Faithfulness(model, test, own, batch=batch, seed=seed)
-    effects = attribute(model, discovery, own, config.attribution)
-    log.info("effects of %d nodes", sum(e.mean.numel() for e in effects.values()))
+    between = passages(model, discovery, own, config.attribution)
     graph = build(
-        model, discovery, own, effects=effects, name=config.name, config=config.attribution,
+        model, discovery, own, between=between, name=config.name, config=config.attribution,
         n_nodes=config.graph.nodes, edge_share=config.graph.edge_share,
-        memory_gb=config.graph.memory_gb,
     )  # fmt: skip
     graph = _with_lineage(graph, by_site)
     log.info("graph of %d nodes and %d edges", len(graph.nodes), len(graph.edges))
-    measured = curves_of.curves(
-        measure, discovery, effects, config.curves, attribution=config.attribution, seed=seed
-    )
+    measured = curves_of.curves(measure, discovery, between, config.curves, seed=seed)
     artifacts.write_json(draft.folder / GRAPH, graph.plain())
     artifacts.write_json(draft.folder / VIEWER, viewer_graph(graph, _shown(model, tested, test)))
     draft.write(TENSORS, safetensors.torch.save(_tensors(tested, measure.means)))

@@ -5,6 +5,7 @@
 `mix` averages over earlier positions, `mlp` acts on each; both are matrices.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,46 +44,48 @@ class _Add(nn.Module):
         return x + self.mlp(x)
 
 
-class LinearModel(HookedModel):
-    """The model of the module's docstring."""
+class BareModel(HookedModel):
+    """A model without a tokenizer: `network` maps tokens to logits."""
 
-    def __init__(self, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.name, self.fingerprint = "linear", f"linear-{seed}"
-        self.d_model, self.n_layers, self.d_vocab, self.context = D, 2, VOCAB, 16
+    def __init__(
+        self, name: str, network: nn.Module, points: Sequence[Point], width: int, vocab: int
+    ) -> None:
+        """Give all weights of the network values of chance, and freeze them."""
+        generator = torch.Generator().manual_seed(0)
+        for weight in network.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator)
+            weight.requires_grad_(False)
+        self.name = self.fingerprint = name
+        self.d_model, self.d_vocab, self.context, self.n_heads = width, vocab, 16, 1
+        self.n_layers = len({point.site.layer for point in points})
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.bos_id = self.eos_id = self.pad_id = None
         self.special_ids, self.adds_bos = frozenset(), False
-        self.embed, self.blocks = nn.Embedding(VOCAB, D), nn.ModuleList([_Mix(), _Add()])
-        self.unembed = nn.Linear(D, VOCAB, bias=False)
-        for module in (self.embed, self.blocks, self.unembed):
-            for weight in module.parameters():
-                weight.data = torch.randn(weight.shape, generator=generator)
-                weight.requires_grad_(False)
-        resid = [SiteInfo(f"blocks.{i}.hook_resid_post", D, i, "resid") for i in range(2)]
-        super().__init__(
-            [
-                Point(resid[0], self.blocks[0], "out"),
-                Point(SiteInfo(BRANCH, D, 1, "mlp_out"), self.blocks[1].mlp, "out"),
-                Point(resid[1], self.blocks[1], "out"),
-            ],
-            blocks_return_tensors=True,
-        )
-
-    def tokenize(self, texts: Any) -> Any:
-        raise NotImplementedError
+        self.network = network
+        super().__init__(points, blocks_return_tensors=True)
 
     def to_strings(self, ids: Any) -> Any:
         return [f" t{i}" for i in ids]
 
     def _forward(self, tokens: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.unembed(x), None
+        return self.network(tokens), None
 
-    def _read_out(self) -> Any:
+    def _nothing(self, *_: Any) -> Any:
         raise NotImplementedError
+
+    tokenize = _copies = _read_out = _nothing
+
+
+def linear_model() -> BareModel:
+    """Return the model of the module's docstring."""
+    mix, add = _Mix(), _Add()
+    network = nn.Sequential(nn.Embedding(VOCAB, D), mix, add, nn.Linear(D, VOCAB, bias=False))
+    points = [
+        Point(SiteInfo(FIRST, D, 0, "resid"), mix, "out"),
+        Point(SiteInfo(BRANCH, D, 1, "mlp_out"), add.mlp, "out"),
+        Point(SiteInfo(LAST, D, 1, "resid"), add, "out"),
+    ]
+    return BareModel("linear", network, points, D, VOCAB)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ Marks, Rager, Michaud, Belinkov, Bau, Mueller 2024, "Sparse Feature Circuits", a
 Syed, Rager, Conmy 2023 (attribution patching), arXiv 2310.10348.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -63,12 +63,21 @@ class SiteEffects:
 
 @dataclass(frozen=True)
 class Passage:
-    """One site in one batch: the activations of both prompts, and the gradient between them."""
+    """One site: the activations of both prompts, and the gradient between them."""
 
     clean: Float[Tensor, "n pos d"]
     corrupted: Float[Tensor, "n pos d"] | None
     """None: latents and error are compared with 0."""
     gradient: Float[Tensor, "n pos d"]
+
+    def rows(self, rows: Int[Tensor, " m"], device: torch.device) -> "Passage":
+        """Return some prompts, on a device."""
+        end = self.corrupted
+        return Passage(
+            self.clean[rows].to(device),
+            None if end is None else end[rows].to(device),
+            self.gradient[rows].to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,11 +117,36 @@ def path_gradient(
 
 def passages(
     model: LanguageModel,
+    contrast: Contrast,
+    dictionaries: Mapping[str, Directions],
+    config: AttributionConfig,
+) -> dict[str, Passage]:
+    """Return both activations of every site and the gradient between them, on the CPU.
+
+    Costs one forward and backward pass per batch and, integrated, one per site and step. Of the
+    dictionaries only the sites matter, and b_dec where there are no corrupted prompts: effects of
+    other dictionaries of these sites, and edges, cost no further pass.
+    """
+    dictionaries = in_forward_order(model, dictionaries)
+    parts = [_passages(model, c, dictionaries, config) for c in contrast.chunks(config.batch)]
+    return {site: _joined([part[site] for part in parts]) for site in dictionaries}
+
+
+def _joined(parts: Sequence[Passage]) -> Passage:
+    ends = [part.corrupted for part in parts if part.corrupted is not None]
+    return Passage(
+        torch.cat([part.clean.cpu() for part in parts]),
+        torch.cat([end.cpu() for end in ends]) if ends else None,
+        torch.cat([part.gradient.cpu() for part in parts]),
+    )
+
+
+def _passages(
+    model: LanguageModel,
     chunk: Contrast,
     dictionaries: Mapping[str, Directions],
     config: AttributionConfig,
 ) -> dict[str, Passage]:
-    """Return both activations of a batch and the gradient between them, site by site."""
     sites = list(dictionaries)
     whole = model.grad_at(chunk.clean, sites, lambda logits: chunk.measure(logits).sum())
     other = {} if chunk.corrupted is None else model.capture(chunk.corrupted, sites)
@@ -162,6 +196,21 @@ def differences(dictionary: Directions, passage: Passage) -> Parts:
     return Parts(clean.f - corrupted.f, clean.error - corrupted.error)
 
 
+def effects_of(
+    contrast: Contrast, dictionary: Directions, passage: Passage, *, batch: int = 16
+) -> SiteEffects:
+    """Return the effects of every latent and error of one site at every slot.
+
+    Memory is a few dense codes of a batch and six numbers per node.
+    """
+    sums = _Sums(contrast.n_slots, dictionary.d_sae + 1)
+    for rows in torch.arange(len(contrast)).split(batch):
+        effect, size = node_effects(dictionary, passage.rows(rows, dictionary.W_dec.device))
+        slots = contrast.slots[rows]
+        sums.add_(by_slot(effect, slots, contrast.n_slots), by_slot(size, slots, contrast.n_slots))
+    return sums.effects(len(contrast))
+
+
 def attribute(
     model: LanguageModel,
     contrast: Contrast,
@@ -170,21 +219,14 @@ def attribute(
 ) -> dict[str, SiteEffects]:
     """Return the effects of every latent and error at every slot, site by site in forward order.
 
-    Costs one forward and backward pass per batch and, integrated, one per site and step; memory is
-    a few dense codes of a batch and six numbers per node. Raises what `in_forward_order` does.
+    `passages` and `effects_of` in one. Raises what `in_forward_order` does.
     """
     config = config or AttributionConfig()
-    dictionaries = in_forward_order(model, dictionaries)
-    sums = {site: _Sums(contrast.n_slots, d.d_sae + 1) for site, d in dictionaries.items()}
-    for chunk in contrast.chunks(config.batch):
-        found = passages(model, chunk, dictionaries, config)
-        for site, dictionary in dictionaries.items():
-            effect, size = node_effects(dictionary, found[site])
-            sums[site].add_(
-                by_slot(effect, chunk.slots, contrast.n_slots),
-                by_slot(size, chunk.slots, contrast.n_slots),
-            )
-    return {site: total.effects(len(contrast)) for site, total in sums.items()}
+    between = passages(model, contrast, dictionaries, config)
+    return {
+        site: effects_of(contrast, dictionaries[site], passage, batch=config.batch)
+        for site, passage in between.items()
+    }
 
 
 class _Sums:

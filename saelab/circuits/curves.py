@@ -21,12 +21,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from saelab.circuits.ablation import Faithfulness, Share
-from saelab.circuits.attribution import AttributionConfig, SiteEffects, attribute
-from saelab.circuits.bases import Basis, neurons, principal_directions
+from saelab.circuits.attribution import Passage, SiteEffects, effects_of
+from saelab.circuits.bases import Basis, Directions, neurons, principal_directions
 from saelab.circuits.contrast import OUTSIDE, Contrast
 from saelab.circuits.nodes import keep, ranked, shuffled
 from saelab.config import Config
-from saelab.protocols import LanguageModel
 
 CIRCUIT, LATENTS = "circuit", "circuit, no errors"
 
@@ -82,30 +81,33 @@ class Curves:
 def curves(
     measure: Faithfulness,
     discovery: Contrast,
-    effects: Mapping[str, SiteEffects],
+    between: Mapping[str, Passage],
     config: CurvesConfig | None = None,
     *,
-    attribution: AttributionConfig | None = None,
     seed: int = 0,
 ) -> Curves:
-    """Return every arm's circuits, ranked by `effects` (of the discovery prompts).
+    """Return every arm's circuits, ranked by effects on the discovery prompts.
 
-    `measure` has the test prompts. Costs a forward pass over them per circuit, two for the arm
-    `circuit`.
+    `measure` has the test prompts, `between` the discovery prompts' `passages`. Costs a forward
+    pass over the test prompts per circuit, two for the arm `circuit`.
     """
-    config, attribution = config or CurvesConfig(), attribution or AttributionConfig()
-    points = list(_of_dictionaries(measure, effects, config, seed))
+    config, batch = config or CurvesConfig(), measure.batch
+
+    def effects(own: Mapping[str, Directions]) -> dict[str, SiteEffects]:
+        return {
+            site: effects_of(discovery, d, between[site], batch=batch) for site, d in own.items()
+        }
+
+    points = list(_of_dictionaries(measure, effects(measure.dictionaries), config, seed))
     if config.bases:
-        model, sites = measure.model, list(measure.dictionaries)
-        rows = inside(model, discovery, sites, batch=attribution.batch)
+        rows = {site: _inside(discovery, passage) for site, passage in between.items()}
         arms: dict[str, dict[str, Basis]] = {
             "neurons": {site: neurons(x.shape[1]) for site, x in rows.items()},
             "pca": {site: principal_directions(x) for site, x in rows.items()},
         }
         for arm, bases in arms.items():
-            found = attribute(model, discovery, bases, attribution)
-            own = Faithfulness(model, measure.contrast, bases, batch=attribution.batch, seed=seed)
-            points += _of_basis(own, arm, found, config)
+            own = Faithfulness(measure.model, measure.contrast, bases, batch=batch, seed=seed)
+            points += _of_basis(own, arm, effects(bases), config)
     return Curves(
         tuple(points), measure.share(measure.ceiling()),
         float(measure.full.mean()), float(measure.empty.mean()), len(measure.contrast),
@@ -148,14 +150,9 @@ def _cut(order: Int[Tensor, " m"], sizes: Sequence[int]) -> Iterator[tuple[int, 
         yield n, order[:n]
 
 
-def inside(
-    model: LanguageModel, contrast: Contrast, sites: Sequence[str], *, batch: int = 16
-) -> dict[str, Float[Tensor, "rows d"]]:
+def _inside(contrast: Contrast, passage: Passage) -> Float[Tensor, "rows d"]:
     """Return the activations of all positions that have a slot, of both prompts of every pair."""
-    found: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for chunk in contrast.chunks(batch):
-        for tokens in (chunk.clean, chunk.corrupted):
-            if tokens is not None:
-                for site, x in model.capture(tokens, sites).items():
-                    found[site].append(x[(chunk.slots != OUTSIDE).to(x.device)])
-    return {site: torch.cat(rows) for site, rows in found.items()}
+    inside, found = contrast.slots != OUTSIDE, [passage.clean]
+    if passage.corrupted is not None:
+        found.append(passage.corrupted)
+    return torch.cat([x[inside] for x in found])

@@ -20,14 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.circuits.attribution import (
-    AttributionConfig,
-    Parts,
-    Passage,
-    differences,
-    passages,
-    split,
-)
+from saelab.circuits.attribution import Parts, Passage, differences, split
 from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.contrast import OUTSIDE, Contrast, by_slot
 from saelab.circuits.nodes import Place
@@ -46,24 +39,24 @@ def edges(
     contrast: Contrast,
     dictionaries: Mapping[str, Directions],
     nodes: Sequence[Place],
-    config: AttributionConfig | None = None,
+    between: Mapping[str, Passage],
     *,
+    batch: int = 16,
     memory_gb: float | None = None,
 ) -> Float[Tensor, "nodes targets"]:
     """Return the edge from each node to each node and, in the last column, to the metric.
 
-    Averaged over prompts; float64; 0 where the target is not later. Time: one backward pass per
-    batch and target. Raises ResourceError, with the number of nodes that fits, before anything is
-    computed if `memory_gb` would be exceeded.
+    `between` holds the prompts' `attribution.passages`. Averaged over prompts; float64; 0 where the
+    target is not later. Time: one backward pass per batch and target. Raises ResourceError, with
+    the number of nodes that fits, before anything is computed if `memory_gb` would be exceeded.
     """
-    config = config or AttributionConfig()
     dictionaries = in_forward_order(model, dictionaries)
     _check_places(contrast, dictionaries, nodes)
-    check_budget(model, contrast, dictionaries, len(nodes), batch=config.batch, gb=memory_gb)
+    check_budget(model, contrast, dictionaries, len(nodes), batch=batch, gb=memory_gb)
     found = torch.zeros(len(nodes), len(nodes) + 1, dtype=torch.float64)
-    for chunk in contrast.chunks(config.batch):
-        between = passages(model, chunk, dictionaries, config)
-        found += _Cut(chunk, dictionaries, nodes, between).edges(model)
+    for rows in torch.arange(len(contrast)).split(batch):
+        own = {site: passage.rows(rows, model.device) for site, passage in between.items()}
+        found += _Cut(contrast.select(rows), dictionaries, nodes, own).edges(model)
     return found / len(contrast)
 
 

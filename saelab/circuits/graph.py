@@ -15,7 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab import artifacts
-from saelab.circuits.attribution import AttributionConfig, SiteEffects, attribute
+from saelab.circuits.attribution import (
+    AttributionConfig,
+    Passage,
+    SiteEffects,
+    effects_of,
+    passages,
+)
 from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.contrast import Contrast, clean_metric
 from saelab.circuits.edges import check_budget, edges
@@ -158,22 +164,27 @@ def build(
     edge_share: float = 0.01,
     memory_gb: float | None = None,
     name: str = "circuit",
-    effects: Mapping[str, SiteEffects] | None = None,
+    between: Mapping[str, Passage] | None = None,
 ) -> Graph:
     """Return the graph of the `n_nodes` nodes with the largest |effect|.
 
     Edges below `edge_share` of the metric's difference between clean and corrupted prompts (of its
-    clean value, where there are none) are left out. `effects` found before are reused. Raises
-    ResourceError, with the number of nodes that fits, if that would take more than `memory_gb`.
+    clean value, where there are none) are left out. `between`, the prompts' `passages`, is reused.
+    Raises ResourceError, with the number of nodes that fits, before anything is computed if that
+    would take more than `memory_gb`.
     """
     config = config or AttributionConfig()
     dictionaries = in_forward_order(model, dictionaries)
     check_budget(model, contrast, dictionaries, n_nodes, batch=config.batch, gb=memory_gb)
-    if effects is None:
-        effects = attribute(model, contrast, dictionaries, config)
+    if between is None:
+        between = passages(model, contrast, dictionaries, config)
+    effects = {
+        site: effects_of(contrast, dictionary, between[site], batch=config.batch)
+        for site, dictionary in dictionaries.items()
+    }
     scores = {site: found.mean for site, found in effects.items()}
     chosen = places(scores, ranked(scores)[:n_nodes])
-    weights = edges(model, contrast, dictionaries, chosen, config, memory_gb=memory_gb)
+    weights = edges(model, contrast, dictionaries, chosen, between, batch=config.batch)
     nodes = [_node(place, effects[place.site], contrast.slot_names) for place in chosen]
     clean = float(clean_metric(model, contrast, batch=config.batch).mean())
     corrupted = None

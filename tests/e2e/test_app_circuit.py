@@ -96,9 +96,10 @@ def test_in_a_browser_a_node_is_clicked_and_switched_off_and_the_metric_moves(se
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
         page = browser.new_page(viewport={"width": 1400, "height": 1400})
+        page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"{address}/circuit")
-        page.locator(".js-plotly-plot .points path").first.wait_for(timeout=60_000)
+        page.locator(".js-plotly-plot .points path").first.wait_for()
         first = page.locator("h2.sl-h2").first.inner_text()
         points = page.locator(".js-plotly-plot").first.locator(".points path")
         points.nth(points.count() - 1).click(force=True)
@@ -107,8 +108,8 @@ def test_in_a_browser_a_node_is_clicked_and_switched_off_and_the_metric_moves(se
         )
         no_exception(page)
         page.get_by_role("button", name="Switch off").click()
-        page.get_by_text("1 nodes switched off").wait_for(timeout=60_000)
-        page.get_by_text("without them", exact=True).wait_for(timeout=60_000)
+        page.get_by_text("1 nodes switched off").wait_for()
+        page.get_by_text("without them", exact=True).wait_for()
         numbers = page.locator(".sl-stats").last.locator("b").all_inner_texts()
         assert numbers[0] != numbers[1]
         no_exception(page)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from circuit_toys import BRANCH, FIRST, LAST, LinearModel, linear_codes, random_contrast
+from circuit_toys import BRANCH, FIRST, LAST, linear_codes, linear_model, random_contrast
 
 from saelab.circuits.attribution import (
     AttributionConfig,
     attribute,
+    passages,
     path_gradient,
     split,
     total_effect,
@@ -15,13 +16,14 @@ from saelab.circuits.bases import neurons, principal_directions
 from saelab.circuits.contrast import clean_metric
 from saelab.circuits.edges import cost, edges
 from saelab.circuits.nodes import Place, every, places, ranked
+from saelab.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from saelab.dictionaries.topk import TopK, TopKConfig
 from saelab.errors import ArtifactError, ConfigError, ResourceError, SiteError
 
 
 @pytest.fixture(scope="module")
 def linear():
-    return LinearModel()
+    return linear_model()
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,8 @@ def test_edges_of_a_linear_model_are_finite_differences_past_the_sites_between(l
         Place(BRANCH, 3, 3), Place(LAST, 3, 0), Place(LAST, 3, 5), Place(LAST, 2, 1),
     ]  # fmt: skip
     config = AttributionConfig(method="attribution", batch=3)
-    found = edges(linear, contrast, dictionaries, nodes, config)
+    between = passages(linear, contrast, dictionaries, config)
+    found = edges(linear, contrast, dictionaries, nodes, between, batch=2)
     order = [FIRST, BRANCH, LAST]
     for i, source in enumerate(nodes):
         for j, target in enumerate([*nodes, None]):
@@ -199,16 +202,20 @@ def test_edges_of_a_linear_model_are_finite_differences_past_the_sites_between(l
     assert float(found[3:5, 5:7].abs().max()) > 0.01  # branch → stream
 
 
-def topk(width, d_sae, seed, k=3):
-    dictionary = TopK(TopKConfig(d_in=width, d_sae=d_sae, k=k))
-    generator = torch.Generator().manual_seed(seed)
-    dictionary.init_(torch.randn(64, width, generator=generator), generator)
+def started(dictionary):
+    generator = torch.Generator().manual_seed(0)
+    dictionary.init_(torch.randn(64, dictionary.d_in, generator=generator), generator)
     return dictionary
 
 
-def test_in_a_stream_edges_out_of_a_node_sum_to_its_effect(toy_model):
+@pytest.mark.parametrize("kind", ["topk", "pursuit"])
+def test_in_a_stream_edges_out_of_a_node_sum_to_its_effect(toy_model, kind):
+    """Whatever the type: the support of a code is held fixed."""
     sites = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-    dictionaries = {site: topk(32, 8, i) for i, site in enumerate(sites)}
+    pursuit = MatchingPursuitConfig(d_in=32, d_sae=8, k=3, signed=True)
+    kinds = {"topk": TopK(TopKConfig(d_in=32, d_sae=8, k=3)), "pursuit": MatchingPursuit(pursuit)}
+    first = started(TopK(TopKConfig(d_in=32, d_sae=8, k=3)))
+    dictionaries = dict(zip(sites, (first, started(kinds[kind])), strict=True))
     contrast = random_contrast(3, 4, toy_model.d_vocab)
     config = AttributionConfig(method="attribution", batch=2)
     effects = attribute(toy_model, contrast, dictionaries, config)
@@ -220,7 +227,8 @@ def test_in_a_stream_edges_out_of_a_node_sum_to_its_effect(toy_model):
         for slot in range(1, contrast.n_slots)
         for column in range(numbers[site].shape[1])
     ]
-    found = edges(toy_model, contrast, dictionaries, all_places, config)
+    between = passages(toy_model, contrast, dictionaries, config)
+    found = edges(toy_model, contrast, dictionaries, all_places, between, batch=2)
     for i, place in enumerate(all_places):
         effect = float(scores[place.site][place.slot, place.column])
         out = found[i, :-1].sum() if place.site == sites[0] else found[i, -1]
@@ -250,7 +258,7 @@ def test_dictionaries_of_another_width_or_site_are_refused(linear, contrast):
     with pytest.raises(ConfigError, match="dictionary"):
         attribute(linear, contrast, {})
     with pytest.raises(ConfigError, match="no node"):
-        edges(linear, contrast, {FIRST: linear_codes(0)}, [Place(FIRST, 1, 9)])
+        edges(linear, contrast, {FIRST: linear_codes(0)}, [Place(FIRST, 1, 9)], {})
 
 
 def test_a_graph_over_its_budget_is_refused_with_the_budget_that_fits(linear, contrast):
@@ -259,7 +267,8 @@ def test_a_graph_over_its_budget_is_refused_with_the_budget_that_fits(linear, co
     room = least + 24 * 7 * 8 + 1
     nodes = [Place(FIRST, 1, 0)] * 9
     with pytest.raises(ResourceError, match="7 nodes fit"):
-        edges(linear, contrast, dictionaries, nodes, memory_gb=room / 1e9)
+        edges(linear, contrast, dictionaries, nodes, {}, memory_gb=room / 1e9)
     with pytest.raises(ResourceError, match="smaller batch"):
-        edges(linear, contrast, dictionaries, nodes, memory_gb=least / 2e9)
-    edges(linear, contrast, dictionaries, nodes[:7], memory_gb=room / 1e9)
+        edges(linear, contrast, dictionaries, nodes, {}, memory_gb=least / 2e9)
+    between = passages(linear, contrast, dictionaries, AttributionConfig(method="attribution"))
+    edges(linear, contrast, dictionaries, nodes[:7], between, memory_gb=room / 1e9)

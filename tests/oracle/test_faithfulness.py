@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from circuit_toys import BRANCH, FIRST, LAST, LinearModel, linear_codes, random_contrast
+from circuit_toys import BRANCH, FIRST, LAST, linear_codes, linear_model, random_contrast
 from doubles import WordTokenizer
 
 from saelab.circuits.ablation import Faithfulness
-from saelab.circuits.attribution import AttributionConfig, attribute, split
+from saelab.circuits.attribution import AttributionConfig, attribute, passages, split
 from saelab.circuits.bases import neurons
 from saelab.circuits.contrast import OUTSIDE, Contrast, clean_metric, contrast_of
 from saelab.circuits.curves import CIRCUIT, LATENTS, CurvesConfig, curves
@@ -23,7 +23,7 @@ FAST = AttributionConfig(method="attribution", batch=4)
 
 @pytest.fixture(scope="module")
 def linear():
-    return LinearModel()
+    return linear_model()
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +124,8 @@ def test_a_metric_within_noise_has_no_faithfulness(linear, contrast):
 
 
 def test_curves_reach_one_with_errors_and_the_ceiling_without(linear, contrast, measure):
-    effects = attribute(linear, contrast, dictionaries(), FAST)
-    sizes = CurvesConfig(sizes=[2, 1000], draws=1)
-    found = curves(measure, contrast, effects, sizes, attribution=FAST)
+    between = passages(linear, contrast, dictionaries(), FAST)
+    found = curves(measure, contrast, between, CurvesConfig(sizes=[2, 1000], draws=1))
     last = {p.arm: p for p in found.points if p.n_nodes > 2}
     assert set(last) == {CIRCUIT, LATENTS, "by activation", "random 0", "neurons", "pca"}
     assert last[CIRCUIT].faithfulness.value == pytest.approx(1, abs=1e-4)

@@ -1,10 +1,8 @@
 """Principled evaluations at both ends, on activations that are sums of what labels say."""
 
-from typing import Any
-
 import pytest
 import torch
-from circuit_toys import linear_codes
+from circuit_toys import BareModel, linear_codes
 from doubles import WordTokenizer
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from saelab.circuits.supervised import SUPERVISED, SupervisedConfig, SupervisedE
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.vectors import choose_slots, outcome, vectors
 from saelab.errors import ArtifactError, ConfigError, ShapeError
-from saelab.models.hooked import HookedModel
 from saelab.models.hooks import Point
 from saelab.types import SiteInfo
 
@@ -42,39 +39,17 @@ class _Gather(nn.Module):
         return torch.einsum("npd,pde->npe", x, self.maps[: x.shape[1]]).cumsum(1)
 
 
-class AdditiveModel(HookedModel):
+def additive_model() -> BareModel:
     """x_end = Σ_p M_p E[token_p]; logits from a tanh of it, and so not linear."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.name, self.fingerprint = "additive", "additive"
-        self.d_model, self.n_layers, self.d_vocab, self.context = D, 1, VOCAB, 8
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.bos_id = self.eos_id = self.pad_id = None
-        self.special_ids, self.adds_bos = frozenset(), False
-        self.embed, self.block = nn.Embedding(VOCAB, D), _Gather()
-        self.readout = nn.Sequential(nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, VOCAB))
-        for module in (self.embed, self.block, self.readout):
-            for weight in module.parameters():
-                weight.data = torch.randn(weight.shape, generator=generator)
-                weight.requires_grad_(False)
-        site = Point(SiteInfo(SITE, D, 0, "resid"), self.block, "out")
-        super().__init__([site], blocks_return_tensors=True)
-
-    def tokenize(self, texts: Any) -> Any:
-        raise NotImplementedError
-
-    def to_strings(self, ids: Any) -> Any:
-        return [str(i) for i in ids]
-
-    def _forward(self, tokens: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
-        return self.readout(self.block(self.embed(tokens))), None
-
-    def _read_out(self) -> Any:
-        raise NotImplementedError
+    block = _Gather()
+    readout = (nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, VOCAB))
+    network = nn.Sequential(nn.Embedding(VOCAB, D), block, *readout)
+    return BareModel(
+        "additive", network, [Point(SiteInfo(SITE, D, 0, "resid"), block, "out")], D, VOCAB
+    )
 
 
-def prompts(model: AdditiveModel, copies: int = 1) -> TaskData:
+def prompts(model: BareModel, copies: int = 1) -> TaskData:
     """Every pair of a value of `io` and one of `subject`, the model's own answer being right."""
     pairs = [(io, s) for io in IOS for s in SUBJECTS for _ in range(copies)]
     clean = torch.tensor([[0, io, s, s, 1] for io, s in pairs])
@@ -95,7 +70,7 @@ def prompts(model: AdditiveModel, copies: int = 1) -> TaskData:
 
 @pytest.fixture(scope="module")
 def model():
-    return AdditiveModel()
+    return additive_model()
 
 
 class Silent:
