@@ -13,7 +13,6 @@ from saelab_app.components import charts, graph, numbers, pieces
 from saelab_app.library import Entry
 
 SHOWN = 60
-"""Nodes that are drawn at first."""
 
 
 def show() -> None:
