@@ -13,12 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from saelab import api
 from saelab.artifacts import Draft, canonical_line, read_manifest
-from saelab.circuits import ability, effects, examples, heads, patching, ranking, tasks
+from saelab.circuits import ability, effects, examples, heads, linear, patching, ranking, tasks
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.discrete_codes import Encode, Fit
 from saelab.circuits.heads import CodesConfig, EffectsConfig, Truth
-from saelab.circuits.linear import attribution_patching
-from saelab.circuits.patching import PatchConfig
+from saelab.circuits.patching import Direction, PatchConfig
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig
 from saelab.errors import ConfigError, TaskError
@@ -77,11 +76,17 @@ def effects_inputs(
         "pairs": config.pairs,
         "seed": config.seed,
         "method": dict(method),
-        "versions": {"examples": examples.VERSION, "patching": patching.VERSION},
+        "versions": {
+            "examples": examples.VERSION,
+            "patching": patching.VERSION,
+            "linear": linear.VERSION,
+        },
     }
 
 
-def methods(config: EffectsConfig, position: str, direction: str) -> dict[str, dict[str, Any]]:
+def methods(
+    config: EffectsConfig, position: str, direction: Direction
+) -> dict[str, dict[str, Any]]:
     """Return what is measured at a position: the truth, named `truth`, and the causal baselines."""
     exact = PatchConfig(position=position, direction=direction)
     zero = PatchConfig(position=position, ablation="zero")
@@ -111,7 +116,7 @@ def write_effects(
             config = PatchConfig.parse(method)
             measured = patching.patch(model, data, config, report=bar.update)
         else:
-            measured = attribution_patching(model, data, **method)
+            measured = linear.attribution_patching(model, data, **method)
     draft.write(EFFECTS, effects.to_bytes(measured))
     return {"ability": vars(found), "flops": counter.get_total_flops(), "score": str(found)}
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,28 @@ def heads_tables(folder: Path) -> Group:
     for truth in manifest.facts["truths"]:
         place = {key: truth[key] for key in ("position", "direction")}
         mine = [row for row in rows if all(row[key] == value for key, value in place.items())]
-        parts.append(_truth_table(manifest.facts["task"], truth, mine))
+        parts += [_truth_table(manifest.facts["task"], truth, mine), *_errors(truth)]
+    parts.append(Text(_seconds(rows)))
     return Group(*parts)
+
+
+def _errors(truth: dict[str, Any]) -> Iterator[Text]:
+    """Yield how far each causal baseline's effects are from the exact ones."""
+    for name, found in truth["agreement"].items():
+        yield Text(
+            f"{name}: effects {found['mean_error']:.1%} of the gap off on average, "
+            f"{found['largest_error']:.1%} at most"
+        )
+
+
+def _seconds(rows: list[dict[str, Any]]) -> str:
+    """Return what codes took, by number of examples."""
+    took = defaultdict[int, list[float]](list)
+    for row in rows:
+        if row["seconds"] is not None:
+            took[row["examples"]].append(row["seconds"])
+    each = (f"{max(seconds):.1f} s for {n}" for n, seconds in sorted(took.items()))
+    return f"codes took at most {', '.join(each)} examples, forward passes and training included"
 
 
 def _truth_table(task: str, truth: dict[str, Any], rows: list[dict[str, Any]]) -> Table:

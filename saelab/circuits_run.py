@@ -49,6 +49,15 @@ class HeadsRun(Config):
     """CPU threads; by default as many as there are cores."""
 
     @model_validator(mode="after")
+    def _published_of_the_task(self) -> "HeadsRun":
+        if self.ranking.published is not None and self.tasks != ["ioi"]:
+            raise ValueError(
+                f"ranking.published={self.ranking.published} lists heads of ioi; tasks should be "
+                f"[ioi], but are {self.tasks}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _other_prompts(self) -> "HeadsRun":
         first, seed = self.codes.first_seed, self.effects.seed
         if first <= seed < first + self.codes.draws:

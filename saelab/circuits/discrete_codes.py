@@ -61,11 +61,6 @@ class HeadOutputs:
         both = both / torch.where(scale > 0, scale, 1)[:, None]
         return HeadOutputs(both[: len(self.positive)], both[len(self.positive) :])
 
-    def swapped(self, order: Int[Tensor, " examples"]) -> "HeadOutputs":
-        """Return the examples in another order: labels are exchanged."""
-        both = self.both[order]
-        return HeadOutputs(both[: len(self.positive)], both[len(self.positive) :])
-
 
 @dataclass(frozen=True)
 class Codes:
@@ -132,15 +127,13 @@ def distinct(codes: Int[Tensor, "n heads"]) -> Float[Tensor, " heads"]:
     return (~earlier.any(1)).double().sum(0)
 
 
-def share_of_all(scores: Float[Tensor, " heads"]) -> Float[Tensor, " heads"]:
-    """Return the softmax over all heads: ranks stay as they are."""
-    return scores.softmax(0)
-
-
 def share_of_layer(
     scores: Float[Tensor, " heads"], layers: Int[Tensor, " heads"]
 ) -> Float[Tensor, " heads"]:
-    """Return the softmax over the heads of each layer: ranks between layers change."""
+    """Return the softmax over the heads of each layer: ranks between layers change.
+
+    One over all heads would change none.
+    """
     shares = torch.zeros_like(scores)
     for layer in layers.unique():
         mine = layers == layer

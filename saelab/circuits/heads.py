@@ -29,7 +29,7 @@ from saelab.circuits.discrete_codes import (
 )
 from saelab.circuits.effects import Effects
 from saelab.circuits.head_outputs import head_outputs
-from saelab.circuits.patching import components_of
+from saelab.circuits.patching import Direction, components_of
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig, agreements
 from saelab.circuits.tasks import TaskData
@@ -53,7 +53,7 @@ class EffectsConfig(Config):
     """Of the prompts."""
     positions: list[str] = Field(["all", "end"], min_length=1)
     """What is patched: `all` positions together, or a slot, such as `end`."""
-    directions: list[Literal["noising", "denoising"]] = ["noising", "denoising"]
+    directions: list[Direction] = Field(["noising", "denoising"], min_length=1)
     """Into the clean run, or clean values into the corrupted one."""
     gradient_steps: PositiveInt = 5
     """Points of integrated gradients."""
@@ -126,7 +126,7 @@ def score_heads(
             negative = head_outputs(model, data, kind)
             for n in config.examples:
                 outputs = HeadOutputs(positive[:n], negative[:n])
-                about = {"examples": n, "negatives": kind, "draw": draw}
+                about: dict[str, Any] = {"examples": n, "negatives": kind, "draw": draw}
                 direct_score = direct[:n].mean(0).abs()
                 yield Scored("direct_logits", "observational", direct_score, **about)
                 yield from _of_outputs(outputs, config, about)

@@ -18,6 +18,8 @@ from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.tasks import TaskData
 from saelab.protocols import Edit
 
+VERSION = 1
+"""Bumped when the effects of the same prompts change."""
 _EMBED = "hook_embed"
 _ROWS = 8
 
@@ -29,7 +31,8 @@ def attribution_patching(
 
     `steps` = 1 takes the gradient in the clean run, more the mean over that many runs, midpoints of
     equal parts of the line from clean to corrupted embeddings. `position` is `all` or a slot.
-    Raises SiteError if the model has no head outputs, TaskError if the gap is within noise.
+    Raises SiteError if the model has no head outputs, ConfigError for an unknown slot, TaskError if
+    the gap is within noise.
     """
     sites = list(dict.fromkeys(site_of("heads", c.layer) for c in components_of(model, "heads")))
     parts = []
@@ -39,7 +42,7 @@ def attribution_patching(
         clean, corrupted = part.clean[:, :width], part.corrupted[:, :width]
         held, other = (model.capture(tokens, [*sites, _EMBED]) for tokens in (clean, corrupted))
         gradients = _mean_gradients(model, part, clean, (held[_EMBED], other[_EMBED]), sites, steps)
-        there = _positions(part, position, width).to(model.device)
+        there = part.marked(position)[:, :width].to(model.device)
         moved = [
             rearrange((held[s] - other[s]).float() * gradients[s], "n p (h e) -> n p h e",
                       h=model.n_heads).sum(-1)
@@ -77,13 +80,6 @@ def _mean_gradients(
 
 def _constant(value: Float[Tensor, "n pos d"]) -> Edit:
     return lambda _: value
-
-
-def _positions(data: TaskData, position: str, width: int) -> Float[Tensor, "n pos"]:
-    place = torch.arange(width)
-    if position == "all":
-        return (place < data.lengths[:, None]).float()
-    return (place == data.slots[position][:, None]).float()
 
 
 def _metric(model: PatchableModel, data: TaskData, tokens: Tensor) -> Float[Tensor, " n"]:

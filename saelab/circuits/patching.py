@@ -24,13 +24,12 @@ from saelab.circuits.effects import Component, Effects, Kind, heads_of, layers_o
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.tasks import TaskData
 from saelab.config import Config
-from saelab.errors import ConfigError, SiteError, nearest
+from saelab.errors import ConfigError, SiteError
 from saelab.protocols import Edit
 
 VERSION = 1
 """Bumped when the effects of the same prompts change."""
-ALL = "all"
-"""In place of a slot's name: every position."""
+Direction = Literal["noising", "denoising"]
 _SITES: dict[Kind, str] = {
     "heads": "attn.hook_z",
     "mlp": "hook_mlp_out",
@@ -50,7 +49,7 @@ class PatchConfig(Config):
     """Which parts: every head, or each layer's MLP output, attention output or entering stream."""
     ablation: Literal["resample", "mean", "zero"] = "resample"
     """What is put in: the other run's value, the mean of corrupted prompts at that slot, zero."""
-    direction: Literal["noising", "denoising"] = "noising"
+    direction: Direction = "noising"
     """Into which run: the clean one, or the corrupted one."""
     position: str = "all"
     """`all` positions together, or the name of a slot, such as `end`."""
@@ -91,11 +90,6 @@ def patch(
         raise ConfigError(
             f"denoising restores clean values, but ablation is {config.ablation}; "
             "take resample, or noising"
-        )
-    if config.position != ALL and config.position not in data.slots:
-        raise ConfigError(
-            f"{data.name} has no slot {config.position!r}; "
-            f"{nearest(config.position, [ALL, *data.slots])}"
         )
     patcher = _Patcher(model, data, config)
     parts = []
@@ -162,10 +156,7 @@ class _Patcher:
         length = int(data.lengths[0])
         pair = data.clean[:, :length], data.corrupted[:, :length]
         base, other = pair if self.config.direction == "noising" else pair[::-1]
-        changed = torch.ones(len(index), length, dtype=torch.bool)
-        if self.config.position != ALL:
-            place = data.slots[self.config.position]
-            changed = torch.arange(length) == place[:, None]
+        changed = data.marked(self.config.position)[:, :length]
         touched = changed
         if self.config.ablation == "resample":
             touched = changed & ((base != other).cumsum(1) > 0)

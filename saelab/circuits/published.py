@@ -1,8 +1,13 @@
 """Heads that others have found, for those who have the model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from saelab.circuits.effects import Component
+from saelab.errors import ConfigError
 
 GPT2_SMALL_IOI: Mapping[str, tuple[Component, ...]] = {
     role: tuple(Component(layer, head) for layer, head in heads)
@@ -20,3 +25,18 @@ GPT2_SMALL_IOI: Mapping[str, tuple[Component, ...]] = {
 }  # fmt: skip
 """The 26 heads of indirect object identification in GPT-2 small, by role: Wang et al. 2022,
 arXiv 2211.00593. The lists of the other tasks are not shipped: we have not read them."""
+
+LISTS: Mapping[str, Mapping[str, tuple[Component, ...]]] = {"gpt2_small_ioi": GPT2_SMALL_IOI}
+"""By name, as configurations know them."""
+
+
+def is_listed(name: str, components: Sequence[Component]) -> Bool[Tensor, " components"]:
+    """Return which heads are on a list. Raises ConfigError if the model lacks some of them."""
+    listed = {head for heads in LISTS[name].values() for head in heads}
+    missing = sorted(listed - set(components))
+    if missing:
+        raise ConfigError(
+            f"the list {name} is of another model: this one has no heads "
+            f"{', '.join(map(str, missing))}; leave `published` out"
+        )
+    return torch.tensor([component in listed for component in components])

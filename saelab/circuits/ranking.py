@@ -6,11 +6,14 @@ positives being heads with |effect| at or above it and negatives those that have
 (`Effects.negligible`); heads between are left out. Ties count as if broken at random, throughout.
 """
 
+from typing import Literal
+
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
 from saelab.circuits.effects import NEGLIGIBLE, Effects
+from saelab.circuits.published import is_listed
 from saelab.config import Config
 from saelab.errors import TaskError
 from saelab.stats import auc
@@ -25,6 +28,8 @@ class RankingConfig(Config):
     """Least |effect| of a positive."""
     negligible: float = Field(NEGLIGIBLE, gt=0)
     """Half-width of the band that holds a negative's 95 % interval."""
+    published: Literal["gpt2_small_ioi"] | None = None
+    """A list of heads that scores are compared with too, as if it were the truth; `ioi` only."""
     least: int = Field(5, ge=1)
     """Fewest positives and negatives of a cut-off; with fewer it is left out, and without enough
     negatives for any, everything is refused."""
@@ -84,6 +89,10 @@ def agreements(
     scores = scores.double()
     found = {"kendall": kendall(scores, effect.abs()), "spearman": spearman(scores, effect.abs())}
     found |= {f"precision@{k}": precision_at(scores, effect.abs(), k) for k in config.precision_at}
+    if config.published is not None:
+        listed = is_listed(config.published, truth.components)
+        found["auc_published"] = auc(scores, listed)
+        found["ap_published"] = average_precision(scores, listed)
     if int(none.sum()) < config.least:
         raise TaskError(
             f"{int(none.sum())} of {len(none)} heads have an effect that is certainly below "

@@ -27,6 +27,8 @@ Metric = Literal["logit_difference", "probability_difference"]
 probabilities."""
 TaskName = Literal["ioi", "greater_than", "docstring", "induction", "agreement"]
 Version = Literal["clean", "corrupted", "unpredictable", "off_task"]
+ALL = "all"
+"""In place of a slot's name: every position."""
 END = "end"
 """Slot of the last position: the one whose logits answer."""
 
@@ -77,10 +79,19 @@ class TaskData:
             **tensors,
         )
 
-    def halves(self) -> tuple["TaskData", "TaskData"]:
-        """Return two halves that share no row, each with every second row of every template."""
-        order = self.templates.argsort(stable=True)
-        return self.rows(order[::2].sort().values), self.rows(order[1::2].sort().values)
+    def marked(self, position: str) -> Bool[Tensor, "n pos"]:
+        """Return which positions are meant: `all` but the padding, or those of a slot.
+
+        Raises ConfigError for an unknown slot.
+        """
+        place = torch.arange(self.clean.shape[1])
+        if position == ALL:
+            return place < self.lengths[:, None]
+        if position not in self.slots:
+            raise ConfigError(
+                f"{self.name} has no slot {position!r}; {nearest(position, [ALL, *self.slots])}"
+            )
+        return place == self.slots[position][:, None]
 
     def at_end(self, x: Float[Tensor, "n pos d"]) -> Float[Tensor, "n d"]:
         """Return each row's last position."""

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import yaml
+from fabricated import artifact
 from typer.testing import CliRunner
 
-from saelab import artifacts, circuits_run
+from saelab import artifacts, circuits_api, circuits_run
+from saelab.circuits import ability
 from saelab.cli import app
 from saelab.errors import ConfigError, TaskError
 
@@ -65,7 +67,7 @@ def test_every_score_is_compared_with_every_truth(made):
     for truth in manifest.facts["truths"]:
         assert truth["ceiling"]["kendall"] == pytest.approx(1.0)
         assert truth["counts"]["negatives"] == (2 if truth["position"] == "all" else 3)
-    for word in ("ceiling", "codes_normalised", "TFLOP", "noising"):
+    for word in ("ceiling", "codes_normalised", "TFLOP", "noising", "of the gap off", "codes took"):
         assert word in printed
 
 
@@ -76,6 +78,8 @@ def test_what_a_run_cannot_do_is_said(tmp_path):
         )
     with pytest.raises(ConfigError, match="also the seed of a draw"):
         circuits_run.load_heads(settings(tmp_path, effects={"seed": 1000}))
+    with pytest.raises(ConfigError, match=r"lists heads of ioi"):
+        circuits_run.load_heads(settings(tmp_path, ranking={"published": "gpt2_small_ioi"}))
     with pytest.raises(ConfigError, match=r"tasks\.0: input should be"):
         circuits_run.load_heads(settings(tmp_path, tasks=["inductoin"]))
     config = circuits_run.load_heads(settings(tmp_path, model={"source": "toy"}))
@@ -83,6 +87,13 @@ def test_what_a_run_cannot_do_is_said(tmp_path):
         TaskError, match=r"15 words that are single tokens are needed, but toy has \d+"
     ):
         circuits_run.Heads(config).execute()
+
+
+def test_effects_that_were_forced_are_refused_without_force(tmp_path):
+    score = ability.TaskScore("ioi", "logit_difference", 9, 0.4, 0.1, 0.5, 0.1, 0.2, 0.0, 0.1, 0.2)
+    folder = artifact(tmp_path, "effects", "forced", {}, facts={"ability": vars(score)})
+    with pytest.raises(TaskError, match="40% right of 9"):
+        circuits_api.require_able(folder)
 
 
 def test_the_table_of_tasks_says_which_a_model_can_do_and_which_have_no_words():

@@ -7,7 +7,7 @@ from circuit_tasks import induction, inhibition, random_pairs
 from saelab.circuits import effects, patching
 from saelab.circuits.effects import Component, Effects
 from saelab.circuits.patching import PatchConfig
-from saelab.errors import ConfigError, SiteError, TaskError
+from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
 
 
 def slowly(model, data, config: PatchConfig) -> Effects:
@@ -169,3 +169,18 @@ def test_a_difference_within_noise_is_refused():
     fields = {**vars(data), "right": right, "wrong": wrong}
     with pytest.raises(TaskError, match="within noise"):
         patching.patch(model, type(data)(**fields), PatchConfig())
+
+
+def test_effects_are_read_as_they_were_written(tmp_path):
+    found = patching.patch(*inhibition(), PatchConfig())
+    path = tmp_path / "effects.safetensors"
+    path.write_bytes(effects.to_bytes(found))
+    again = effects.read(path)
+    assert again.components == found.components
+    assert torch.equal(again.changes, found.changes) and torch.equal(again.gaps, found.gaps)
+    layers = Effects(effects.layers_of([0, 3]), found.changes[:, :2], found.gaps)
+    path.write_bytes(effects.to_bytes(layers))
+    assert effects.read(path).components == (Component(0), Component(3))
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ArtifactError, match="holds no effects"):
+        effects.read(path)

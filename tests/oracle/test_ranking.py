@@ -10,8 +10,9 @@ from saelab.circuits import ranking
 from saelab.circuits.effects import Effects, heads_of
 from saelab.circuits.linear import attribution_patching
 from saelab.circuits.patching import PatchConfig, patch
+from saelab.circuits.published import is_listed
 from saelab.circuits.ranking import RankingConfig
-from saelab.errors import TaskError
+from saelab.errors import ConfigError, TaskError
 from saelab.stats import auc
 
 
@@ -88,3 +89,16 @@ def test_patching_and_attribution_give_the_heads_of_a_known_circuit_with_auc_one
         assert auc(exact.abs(), circuit) == 1 and bool((exact[~circuit] == 0).all())
         if sharpness == 5.0:
             assert auc(attribution_patching(model, data).effect().abs(), circuit) == 1
+
+
+def test_the_published_list_stands_beside_the_truth_and_is_refused_for_another_model():
+    config = RankingConfig(precision_at=[3], cutoffs=[], least=1, published="gpt2_small_ioi")
+    components = heads_of(12, 12)
+    exact = Effects(components, torch.zeros(9, 144), torch.ones(9))
+    listed = is_listed("gpt2_small_ioi", components)
+    assert int(listed.sum()) == 26
+    found = ranking.agreements(listed.double(), exact, config)
+    assert found["auc_published"] == found["ap_published"] == 1
+    assert ranking.agreements(-listed.double(), exact, config)["auc_published"] == 0
+    with pytest.raises(ConfigError, match=r"this one has no heads 2\.2, 3\.0"):
+        ranking.agreements(torch.ones(len(EFFECTS)), truth(EFFECTS), config)

@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
+from doubles import WordTokenizer
 
 from saelab.circuits import ability, tasks
 from saelab.circuits.examples import Example
 from saelab.errors import ConfigError, TaskError
 from saelab.protocols import LanguageModel
-from tests.doubles import WordTokenizer
 
 NAMES = list(tasks.TASKS)
 
@@ -145,14 +145,12 @@ def test_the_metric_takes_the_mean_logit_or_the_summed_probability():
     assert data.chance == 0.25
 
 
-def test_halves_share_no_row_and_rows_may_repeat():
+def test_rows_may_be_chosen_in_any_order_and_repeat():
     _, data = draw("ioi", n=20)
-    first, second = data.halves()
-    seen = {tuple(row) for half in (first, second) for row in half.clean.tolist()}
-    assert len(first) + len(second) == 20 and seen == {tuple(r) for r in data.clean.tolist()}
-    twice = data.rows(torch.tensor([3, 3]))
-    assert torch.equal(twice.clean[0], twice.clean[1])
-    assert twice.attributes["io"][0] == data.attributes["io"][3]
+    twice = data.rows(torch.tensor([3, 0, 3]))
+    assert torch.equal(twice.clean[0], data.clean[3]) and torch.equal(twice.clean[2], data.clean[3])
+    assert twice.attributes["io"] == tuple(data.attributes["io"][i] for i in (3, 0, 3))
+    assert torch.equal(twice.slots["s2"], data.slots["s2"][[3, 0, 3]])
 
 
 class Answerer(LanguageModel):
