@@ -23,7 +23,7 @@ from saelab.circuits.attribution import passages
 from saelab.circuits.contrast import Contrast, contrast_of
 from saelab.circuits.curves import Curves
 from saelab.circuits.edges import check_budget
-from saelab.circuits.graph import Graph, build, positions
+from saelab.circuits.graph import Graph, build, positions, read_graph
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
 from saelab.circuits_config import FeaturesConfig
@@ -196,7 +196,7 @@ def open_circuit(path: Path) -> Circuit:
     manifest = artifacts.read_manifest(path)
     if manifest.stage != "circuit":
         raise ArtifactError(f"{path} is a {manifest.stage}, but a circuit is wanted")
-    graph = Graph.parse(artifacts.read_json(path / GRAPH), str(path / GRAPH))
+    graph = read_graph(path / GRAPH)
     tensors, facts = safetensors.torch.load_file(path / TENSORS), manifest.facts
     parts = {key.partition(".")[2]: t for key, t in tensors.items() if key.startswith("prompts.")}
     prompts = TaskData(

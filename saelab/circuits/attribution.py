@@ -249,9 +249,3 @@ class _Sums:
         mean = self.effect / n
         spread = (self.square / n - mean.square()).clamp(min=0)
         return SiteEffects(mean, (spread / max(n - 1, 1)).sqrt(), self.size / n)
-
-
-def total_effect(effects: Mapping[str, SiteEffects]) -> dict[str, float]:
-    """Return the sum of all nodes' effects at each site: the first-order estimate of what is
-    lost when the whole site takes its corrupted activations."""
-    return {site: float(found.mean.sum()) for site, found in effects.items()}

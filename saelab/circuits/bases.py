@@ -21,9 +21,20 @@ from saelab.protocols import LanguageModel
 class Directions(Protocol):
     """Codes and the directions that they weigh: every `Dictionary`, and every `Basis`."""
 
-    d_in: int
-    d_out: int
-    d_sae: int
+    @property
+    def d_in(self) -> int:
+        """Width of what is coded."""
+        ...
+
+    @property
+    def d_out(self) -> int:
+        """Width of what codes are carried back to."""
+        ...
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        ...
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_out"]:

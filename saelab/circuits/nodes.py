@@ -66,11 +66,6 @@ def without(kept: Kept) -> dict[str, Bool[Tensor, "slots nodes"]]:
     return {site: ~mask for site, mask in kept.items()}
 
 
-def size(kept: Kept) -> int:
-    """Return the number of nodes of a circuit."""
-    return sum(int(mask.sum()) for mask in kept.values())
-
-
 def places(like: Tables, numbers: Int[Tensor, " m"]) -> list[Place]:
     """Return where the nodes with these numbers are, in that order."""
     starts, total = [], 0

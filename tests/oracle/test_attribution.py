@@ -10,7 +10,6 @@ from saelab.circuits.attribution import (
     passages,
     path_gradient,
     split,
-    total_effect,
 )
 from saelab.circuits.bases import neurons, principal_directions
 from saelab.circuits.contrast import clean_metric
@@ -33,6 +32,10 @@ def contrast():
 
 def three_sites():
     return {FIRST: linear_codes(1), BRANCH: linear_codes(2, 3), LAST: linear_codes(3, 5)}
+
+
+def total_effect(effects):
+    return {site: float(found.mean.sum()) for site, found in effects.items()}
 
 
 # ------------------------------------------------------------------------------------------- paths
