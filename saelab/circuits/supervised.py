@@ -270,7 +270,7 @@ class SupervisedEvaluation:
 
     def _control(self, name: str, found: Agreements, supervised: Agreements) -> Iterator[ResultRow]:
         for (attribute, k), (agree, size) in found.items():
-            what = f"[{attribute}](k={k})"
+            what = f"[{attribute}, k={k}]"
             yield self._mean(f"agreement{what}", agree, name)
             yield self._mean(f"magnitude{what}", size, name)
             none = (self.clean.answer == self.edits[attribute].answer).double()

@@ -100,7 +100,7 @@ def scores(model):
 
 def test_additive_activations_are_all_that_labels_say(scores):
     found, _ = scores
-    for name in ("sufficiency", "necessity", "agreement[io](k=2)", "agreement[subject](k=2)",
+    for name in ("sufficiency", "necessity", "agreement[io, k=2]", "agreement[subject, k=2]",
                  "f1[io]@end", "f1[subject]@end", "found[io]@end", "parts[subject]@end",
                  "parts_recall[io]@end", "sufficiency[F1 ≥ 0.6]",
                  "necessity[F1 ≥ 0.6]"):  # fmt: skip
@@ -115,8 +115,8 @@ def test_a_dictionary_without_error_is_sufficient_and_its_whole_edit_agrees(scor
     assert found["basis", "sufficiency"].value == pytest.approx(1, abs=1e-4)
     assert found["basis", "necessity"].value == pytest.approx(1, abs=1e-4)
     for attribute in ("io", "subject"):
-        assert found["basis", f"agreement[{attribute}](k={2 * D})"].value == 1
-        assert found["basis", f"magnitude[{attribute}](k={2 * D})"].value == pytest.approx(1)
+        assert found["basis", f"agreement[{attribute}, k={2 * D}]"].value == 1
+        assert found["basis", f"magnitude[{attribute}, k={2 * D}]"].value == pytest.approx(1)
 
 
 def test_a_dictionary_that_says_nothing_has_nothing(scores):
@@ -128,9 +128,9 @@ def test_a_dictionary_that_says_nothing_has_nothing(scores):
     for attribute in ("io", "subject"):
         none = found["none", f"agreement[{attribute}]"].value
         assert none < 0.8
-        assert found["silent", f"agreement[{attribute}](k=2)"].value == none
-        assert found["silent", f"edit_score[{attribute}](k=2)"].value == 0
-        assert found[SUPERVISED, f"edit_score[{attribute}](k=2)"].value == 1
+        assert found["silent", f"agreement[{attribute}, k=2]"].value == none
+        assert found["silent", f"edit_score[{attribute}, k=2]"].value == 0
+        assert found[SUPERVISED, f"edit_score[{attribute}, k=2]"].value == 1
 
 
 def test_no_score_where_the_supervised_edit_adds_too_little(model):

@@ -150,7 +150,7 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", "random decoder"}
     values = {(row["arm"], row["name"]): row["value"] for row in rows}
     assert values["supervised", "f1[subject]@end"] == pytest.approx(1)
-    assert 0 <= values["random decoder", "agreement[io](k=2)"] <= 1
+    assert 0 <= values["random decoder", "agreement[io, k=2]"] <= 1
     console = Console(width=160, record=True)
     console.print(supervised_table(found))
     assert "necessity" in console.export_text()
