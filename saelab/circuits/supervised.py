@@ -186,8 +186,7 @@ class SupervisedEvaluation:
         yield self._row("moved", self.section.moved, None, SUPERVISED)
         arms: dict[str, Coder] = {SUPERVISED: self.labels}
         for name, dictionary in dictionaries.items():
-            signed = bool((dictionary.encode(self.fit.x.flatten(0, 1)) < 0).any())
-            arms[name] = ByDictionary(dictionary, signed)
+            arms[name] = ByDictionary(dictionary, _is_signed(dictionary, self.fit.x))
         yield from self._baseline()
         supervised = self._agreements(self.labels, [_EDIT])
         for name, coder in arms.items():
@@ -353,3 +352,9 @@ class SupervisedEvaluation:
         value = float(top.sum() / bottom.sum())
         error = error_over_documents(sums, lambda s: s[:, 0] / s[:, 1], seed=self.seed)
         return self._row(name, value, error, arm)
+
+
+@torch.no_grad()
+def _is_signed(dictionary: Directions, x: Float[Tensor, "n slots d"]) -> bool:
+    """Return whether any code of these vectors is negative."""
+    return bool((dictionary.encode(x.flatten(0, 1)) < 0).any())
