@@ -50,3 +50,35 @@ def heads(
             console.print(f"  {circuits_report.effects_line(step.path)}")
         else:
             console.print(circuits_report.heads_tables(step.path))
+
+
+@app.command()
+def features(
+    config: Annotated[Path, typer.Argument(help="A YAML file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value …")] = None,
+    top: Annotated[int, typer.Option(help="Nodes to list.")] = 15,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")] = 0.0,
+) -> None:
+    """Find the latents and errors that carry a task, how faithful they are, and their graph."""
+    from saelab import circuits_config, circuits_features, circuits_report
+
+    settings = circuits_config.load_features(config, overrides or [])
+    made = circuits_features.features(settings, wait=wait)
+    graph = circuits_features.open_circuit(made).graph
+    _console().print(circuits_report.circuit_tables(made, graph, top))
+    _console().print(f"\nBrowse it:  saelab app {settings.out}")
+
+
+@app.command()
+def supervised(
+    config: Annotated[Path, typer.Argument(help="A YAML file, or the name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value …")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")] = 0.0,
+) -> None:
+    """Hold dictionaries against what labels see: reconstructions, sparse edits, F1."""
+    from saelab import circuits_config, circuits_report, circuits_supervised
+
+    settings = circuits_config.load_supervised(config, overrides or [])
+    made = circuits_supervised.supervised(settings, wait=wait)
+    _console().print(circuits_report.supervised_table(made))
+    _console().print(str(made))

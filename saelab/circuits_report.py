@@ -13,7 +13,9 @@ from rich.text import Text
 
 from saelab.artifacts import read_json, read_manifest
 from saelab.circuits.ability import TaskScore
-from saelab.report import pretty, table
+from saelab.circuits.graph import Graph
+from saelab.circuits_features import CEILING, read_curves
+from saelab.report import pretty, read_rows, table
 
 _GROUPS = ("codes", "observational", "causal")
 _ABOUT = {
@@ -115,3 +117,48 @@ def effects_line(folder: Path) -> str:
     """Return what one measurement of effects cost and how well the model does its task."""
     facts, run = read_manifest(folder).facts, read_json(folder / "run.json")
     return f"{facts['score']}; {facts['flops'] / 1e12:.2f} TFLOP in {run['seconds']:.0f} s"
+
+
+def circuit_tables(path: Path, graph: Graph, top: int) -> Group:
+    """Return a circuit's curves and its strongest nodes."""
+    curves = read_curves(path)
+    sizes = sorted({point.n_nodes for points in curves.values() for point in points})
+    shares = table("faithfulness of n nodes", *(str(n) for n in sizes))
+    for arm, points in curves.items():
+        own = {p.n_nodes: pretty(p.value, p.standard_error) for p in points}
+        shares.add_row(arm, *(own.get(n, "") for n in sizes))
+    nodes = table("node", "effect", "activation")
+    for node in graph.nodes[:top]:
+        nodes.add_row(node.id, pretty(node.effect, node.standard_error), pretty(node.activation))
+    facts = [Text(line) for line in _circuit_facts(path, graph)]
+    return Group(*facts, Text(), shares, Text(), nodes, Text(), Text(str(path)))
+
+
+def _circuit_facts(path: Path, graph: Graph) -> list[str]:
+    rows = read_rows(path)
+    ceiling = next(row for row in rows if row["arm"] == CEILING)
+    lines = [
+        f"{graph.name}: metric {graph.clean:.3g} on clean and {graph.corrupted:.3g} on corrupted "
+        f"prompts; {len(graph.nodes)} nodes have {graph.share:.0%} of all effects",
+        f"ceiling without error nodes: {pretty(ceiling['value'], ceiling['standard_error'])}",
+    ]
+    return lines + [
+        f"{row['name'].replace('_', ' ')}, {row['arm']}: {row['value']:.0f}"
+        for row in rows
+        if row["name"].startswith("nodes_at")
+    ]
+
+
+def supervised_table(path: Path) -> Table:
+    """Return a supervised evaluation: a row per score, a column per dictionary."""
+    rows = read_rows(path)
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    found = table("score", *arms)
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = {
+            row["arm"]: pretty(row["value"], row["standard_error"])
+            for row in rows
+            if row["name"] == name
+        }
+        found.add_row(name, *(own.get(arm, "") for arm in arms))
+    return found
