@@ -25,7 +25,7 @@ from saelab.circuits.contrast import OUTSIDE, Contrast, by_slot, clean_metric
 from saelab.circuits.nodes import Kept, every, without
 from saelab.errors import ConfigError
 from saelab.protocols import Edit, LanguageModel
-from saelab.stats import Statistic, error_over_documents
+from saelab.stats import Statistic, over_documents, standard_error
 
 ERRORS = 3.0
 """Standard errors that m(M) − m(∅) has to exceed before a share of it is reported."""
@@ -162,7 +162,7 @@ class Faithfulness:
         """Return how much of the way from the empty to the full circuit a metric has gone."""
         sums = torch.stack([metric, self.empty, self.full], 1)
         value = float(_share(sums.sum(0, keepdim=True)))
-        return Share(value, error_over_documents(sums, _share, seed=self.seed))
+        return Share(value, standard_error(over_documents(sums, _share, seed=self.seed)))
 
     def of(self, kept: Kept) -> Share:
         """Return a circuit's faithfulness."""
@@ -180,7 +180,7 @@ class Faithfulness:
         """Return a circuit's share of what all latents without errors reach."""
         sums = torch.stack([metric, self.empty, ceiling], 1)
         value = float(_share(sums.sum(0, keepdim=True)))
-        return Share(value, error_over_documents(sums, _share, seed=self.seed))
+        return Share(value, standard_error(over_documents(sums, _share, seed=self.seed)))
 
 
 _share: Statistic = lambda s: (s[:, 0] - s[:, 1]) / (s[:, 2] - s[:, 1])  # noqa: E731 (a ratio)

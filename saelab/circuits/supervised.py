@@ -50,7 +50,7 @@ from saelab.circuits.vectors import Outcome, choose_slots, outcome, vectors
 from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
-from saelab.stats import ResultRow, error_over_documents
+from saelab.stats import ResultRow, over_documents, standard_error
 
 VERSION = 1
 SUPERVISED, NONE = "supervised", "none"
@@ -350,8 +350,8 @@ class SupervisedEvaluation:
         """Return Σ top / Σ bottom over prompts, with its bootstrap error."""
         sums = torch.stack([top, bottom], 1).double()
         value = float(top.sum() / bottom.sum())
-        error = error_over_documents(sums, lambda s: s[:, 0] / s[:, 1], seed=self.seed)
-        return self._row(name, value, error, arm)
+        drawn = over_documents(sums, lambda s: s[:, 0] / s[:, 1], seed=self.seed)
+        return self._row(name, value, standard_error(drawn), arm)
 
 
 @torch.no_grad()
