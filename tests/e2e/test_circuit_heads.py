@@ -37,9 +37,11 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
     path = folder / "heads.yaml"
     path.write_text(yaml.safe_dump(settings(folder / "out")))
-    result = CliRunner().invoke(app, ["circuits", "heads", str(path)])
-    assert result.exit_code == 0, result.output
-    return folder / "out", result.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAELAB_CACHE", str(folder / "cache"))
+        result = CliRunner().invoke(app, ["circuits", "heads", str(path)])
+        assert result.exit_code == 0, result.output
+        yield folder / "out", result.output
 
 
 def test_effects_of_the_known_circuit_are_found_and_reused(made):
