@@ -176,7 +176,11 @@ def _switched(circuit: Circuit, off: set[str], entries: dict[str, Entry]) -> Non
     source = circuit.manifest.facts["model"]
     try:
         model = state.model(source["source"], source["dtype"])
-        loaded = {site: state.dictionary(entry.path) for site, entry in entries.items()}
+        loaded = {
+            site: state.dictionary(entry.path)
+            for site, entry in entries.items()
+            if entry.path is not None
+        }
         found = circuits.switched_off(model, loaded, circuit, off)
     except SaelabError as error:
         st.error(str(error))

@@ -96,7 +96,7 @@ def k_means(rows: Float[Tensor, "n d"], d_sae: int, *, seed: int) -> Encode:
     from sklearn.cluster import MiniBatchKMeans
 
     n = min(d_sae, len(torch.unique(rows, dim=0)))
-    clusters = MiniBatchKMeans(n, random_state=seed, n_init=1, batch_size=2048)
+    clusters = MiniBatchKMeans(n, random_state=seed, n_init=1, batch_size=2048)  # pyright: ignore[reportArgumentType]
     clusters.fit(rows.float().numpy())
 
     def encode(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:

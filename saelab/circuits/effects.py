@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -103,8 +103,9 @@ def agreement(first: Effects, second: Effects) -> dict[str, float]:
 
     assert first.components == second.components
     a, b = first.effect(), second.effect()
+    ranks: Any = spearmanr(a.abs().numpy(), b.abs().numpy())
     return {
-        "spearman": float(spearmanr(a.abs().numpy(), b.abs().numpy()).statistic),
+        "spearman": float(ranks.statistic),
         "mean_error": float((a - b).abs().mean()),
         "largest_error": float((a - b).abs().max()),
     }

@@ -217,7 +217,7 @@ def _node(place: Place, effects: SiteEffects, slot_names: Sequence[str]) -> Node
 def _edges(ids: Sequence[str], weights: Float[Tensor, "nodes targets"], least: float) -> list[Edge]:
     targets = [*ids, METRIC]
     kept = ((weights.abs() >= least) & (weights != 0)).nonzero().tolist()
-    return [Edge(ids[i], targets[j], float(weights[i, j])) for i, j in kept]
+    return [Edge(ids[int(i)], targets[int(j)], float(weights[i, j])) for i, j in kept]
 
 
 def positions(contrast: Contrast, row: int = 0) -> Int[Tensor, " slots"]:

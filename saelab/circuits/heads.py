@@ -47,13 +47,13 @@ SURFACE = 0.6
 class EffectsConfig(Config):
     """How the causal truth is measured."""
 
-    pairs: int = Field(64, ge=8)
+    pairs: int = Field(default=64, ge=8)
     """Clean and corrupted prompts."""
     seed: NonNegativeInt = 0
     """Of the prompts."""
-    positions: list[str] = Field(["all", "end"], min_length=1)
+    positions: list[str] = Field(default=["all", "end"], min_length=1)
     """What is patched: `all` positions together, or a slot, such as `end`."""
-    directions: list[Direction] = Field(["noising", "denoising"], min_length=1)
+    directions: list[Direction] = Field(default=["noising", "denoising"], min_length=1)
     """Into the clean run, or clean values into the corrupted one."""
     gradient_steps: PositiveInt = 5
     """Points of integrated gradients."""
@@ -69,21 +69,21 @@ class CodesConfig(Config):
         "sparsity_weight": 0.001,
     }
     """The small dictionary over outputs: any type, with its fields."""
-    lr: float | None = Field(2e-3, gt=0)
+    lr: float | None = Field(default=2e-3, gt=0)
     """Peak learning rate; null: the rule of training, which is large for so few latents."""
     train: TrainConfig = TrainConfig(batch=1024, tokens=400_000)
     """How it is trained."""
     normalise: bool = True
     """Centre and scale each head first; raw outputs otherwise."""
-    examples: list[int] = Field([5, 10, 20], min_length=1)
+    examples: list[int] = Field(default=[5, 10, 20], min_length=1)
     """Numbers of positives; as many negatives."""
-    negatives: list[Negatives] = Field(["unpredictable", "off_task"], min_length=1)
+    negatives: list[Negatives] = Field(default=["unpredictable", "off_task"], min_length=1)
     """Kinds of negatives, each by itself."""
     draws: PositiveInt = 5
     """Draws of examples."""
     first_seed: NonNegativeInt = 1000
     """Seed of the first draw; not that of the truth."""
-    seeds: list[NonNegativeInt] = Field([0], min_length=1)
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     """Of the dictionary; each is trained on each draw."""
     top_pairs: PositiveInt = 100
     """Best pairs of heads in which heads are counted."""

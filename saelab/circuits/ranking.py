@@ -6,7 +6,7 @@ positives being heads with |effect| at or above it and negatives those that have
 (`Effects.negligible`); heads between are left out. Ties count as if broken at random, throughout.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Bool, Float
 from pydantic import Field
@@ -22,15 +22,15 @@ from saelab.stats import auc
 class RankingConfig(Config):
     """Which agreements with the truth are reported."""
 
-    precision_at: list[int] = Field([10, 26], min_length=1)
+    precision_at: list[int] = Field(default=[10, 26], min_length=1)
     """Numbers of best heads looked at."""
     cutoffs: list[float] = [0.01, 0.02, 0.05, 0.1]
     """Least |effect| of a positive."""
-    negligible: float = Field(NEGLIGIBLE, gt=0)
+    negligible: float = Field(default=NEGLIGIBLE, gt=0)
     """Half-width of the band that holds a negative's 95 % interval."""
     published: Literal["gpt2_small_ioi"] | None = None
     """A list of heads that scores are compared with too, as if it were the truth; `ioi` only."""
-    least: int = Field(5, ge=1)
+    least: int = Field(default=5, ge=1)
     """Fewest positives and negatives of a cut-off; with fewer it is left out, and without enough
     negatives for any, everything is refused."""
 
@@ -41,7 +41,8 @@ def kendall(scores: Float[Tensor, " n"], truth: Float[Tensor, " n"]) -> float:
 
     if _constant(scores) or _constant(truth):
         return 0.0
-    return float(kendalltau(scores.numpy(), truth.numpy()).statistic)
+    found: Any = kendalltau(scores.numpy(), truth.numpy())
+    return float(found.statistic)
 
 
 def spearman(scores: Float[Tensor, " n"], truth: Float[Tensor, " n"]) -> float:
@@ -50,7 +51,8 @@ def spearman(scores: Float[Tensor, " n"], truth: Float[Tensor, " n"]) -> float:
 
     if _constant(scores) or _constant(truth):
         return 0.0
-    return float(spearmanr(scores.numpy(), truth.numpy()).statistic)
+    found: Any = spearmanr(scores.numpy(), truth.numpy())
+    return float(found.statistic)
 
 
 def precision_at(scores: Float[Tensor, " n"], truth: Float[Tensor, " n"], k: int) -> float:

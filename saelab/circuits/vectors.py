@@ -116,6 +116,7 @@ def choose_slots(
 
     alone = [moved([i]) for i in range(len(slots))]
     order = sorted(range(len(slots)), key=lambda i: -alone[i])
+    together = 0.0
     for n in range(1, len(order) + 1):
         together = alone[order[0]] if n == 1 else moved(order[:n])
         if together >= share:

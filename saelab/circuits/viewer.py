@@ -39,7 +39,9 @@ class Prompt:
 
 def schema() -> dict[str, Any]:
     """Return the JSON Schema of the format."""
-    text = resources.files(__package__).joinpath("viewer_graph.schema.json").read_text("utf-8")
+    text = (
+        resources.files("saelab.circuits").joinpath("viewer_graph.schema.json").read_text("utf-8")
+    )
     return json.loads(text)
 
 
