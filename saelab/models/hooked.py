@@ -9,16 +9,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from saelab.errors import ShapeError, SiteError, nearest
-from saelab.models.hooks import Point, handing_on, read, write
+from saelab.edits.placement import SiteEdits, encode_prompts, pad_of
+from saelab.errors import NonFiniteError, ShapeError, SiteError, nearest
+from saelab.models import generation
+from saelab.models.hooks import Pass, Point, Standing, handing_on, read, write
 from saelab.protocols import Edit
 from saelab.types import SiteInfo, TokenRun
 
@@ -54,6 +55,7 @@ class HookedModel(ABC):
         self._order = {name: place for place, name in enumerate(self._points)}
         self._lock = threading.RLock()
         self._call: object | None = None
+        self._standing = Standing()
         self._blocks_return_tensors = blocks_return_tensors
         self._spliced: tuple[str, Tensor, Tensor] | None = None
         """The site, tokens and clean activations of the last splice."""
@@ -69,10 +71,21 @@ class HookedModel(ABC):
         """Return each token id as text."""
 
     @abstractmethod
+    def to_text(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, without special tokens."""
+
+    @abstractmethod
     def _forward(
-        self, tokens: Tensor, cache: Any = None, use_cache: bool = False
+        self,
+        tokens: Tensor,
+        cache: Any = None,
+        use_cache: bool = False,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """Return the logits, and the key-value cache after these tokens if one is used."""
+        """Return the logits, and the key-value cache after these tokens if one is used.
+
+        `real` says which of the cached and the new tokens are no (left) padding; None: all.
+        """
 
     @abstractmethod
     def _read_out(self) -> tuple[Tensor, bool, Tensor]:
@@ -100,11 +113,16 @@ class HookedModel(ABC):
 
     @contextmanager
     def _hooks(
-        self, reads: Mapping[str, Callable[[Tensor], None]], writes: Mapping[str, Edit]
+        self,
+        reads: Mapping[str, Callable[[Tensor], None]],
+        writes: Mapping[str, Edit],
+        now: Pass,
     ) -> Iterator[None]:
-        """Install hooks for one call; a site's writes come before its reads."""
+        """Install hooks for one call; a site's writes come before its reads, and the edits that
+        stand before both."""
         call = object()
         handles: list[RemovableHandle] = []
+        writes = self._standing.before(writes, now)
         names = sorted(map(self._known, {*reads, *writes}), key=lambda name: self._order[name])
         with self._lock:
             outer, self._call = self._call, call
@@ -120,6 +138,27 @@ class HookedModel(ABC):
                 self._call = outer
                 for handle in handles:
                     handle.remove()
+
+    @contextmanager
+    def steered(
+        self, edits: SiteEdits, prompt_lengths: Int[Tensor, " batch"] | None = None
+    ) -> Iterator[None]:
+        """Let edits stand in every pass of this thread until the block ends; they nest.
+
+        Raises NonFiniteError from a pass whose logits they make infinite.
+        """
+        for name in edits.sites:
+            self._known(name)
+        with self._standing.holding(edits, prompt_lengths):
+            yield
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        """Return logits as float32. Raises NonFiniteError if edits that stand overflow them."""
+        logits = logits.float()
+        if self._standing.edits and not bool(logits.isfinite().all()):
+            edits = "; ".join(str(edits) for edits, _ in self._standing.edits)
+            raise NonFiniteError(f"logits are not finite under {edits}; take a smaller strength")
+        return logits
 
     def _known(self, name: str) -> str:
         return self._point(name).site.name
@@ -165,7 +204,7 @@ class HookedModel(ABC):
                 raise _Stop
 
         reads = {name: _partial(keep, name) for name in sites}
-        with torch.inference_mode(), self._hooks(reads, {}), suppress(_Stop):
+        with torch.inference_mode(), self._hooks(reads, {}, Pass(tokens, lengths)), suppress(_Stop):
             self._forward(tokens)
         # copied, since tensors of inference mode could not be used where gradients are taken
         return {name: kept[name].clone() for name in sites}
@@ -179,8 +218,8 @@ class HookedModel(ABC):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return float32 logits, with each site's activations passed through its edit."""
         tokens = self._placed(tokens, lengths)
-        with self._hooks({}, edits or {}):
-            return self._forward(tokens)[0].float()
+        with self._hooks({}, edits or {}, Pass(tokens, lengths)):
+            return self._finite(self._forward(tokens)[0])
 
     def splice(
         self,
@@ -200,11 +239,14 @@ class HookedModel(ABC):
         put = x_hat.to(self.device, self.dtype)
         with self._lock:
             name, seen, clean = self._spliced or ("", tokens, None)
-            known = name == site and torch.equal(seen, tokens)
+            # edits that stand may have changed what was seen, or may change it now
+            alone = not self._standing.edits
+            known = alone and name == site and torch.equal(seen, tokens)
 
             def edit(x: Tensor) -> Tensor:
                 x = clean if known and clean is not None else x
-                self._spliced = (site, tokens.clone(), x)
+                if alone:
+                    self._spliced = (site, tokens.clone(), x)
                 return torch.where(mask, put, x)
 
             with handing_on(self._blocks_before(site) if known else ()):
@@ -233,7 +275,7 @@ class HookedModel(ABC):
         seen: dict[str, Tensor] = {}
         edits = dict(edits or {})
         edits |= {name: _recorder(name, seen, edits.get(name)) for name in sites}
-        with torch.enable_grad(), self._hooks({}, edits):
+        with torch.enable_grad(), self._hooks({}, edits, Pass(tokens)):
             value = objective(self._forward(tokens)[0].float())
             grads = torch.autograd.grad(value, [seen[name] for name in sites])
         return {name: (seen[name].detach(), g) for name, g in zip(sites, grads, strict=True)}
@@ -258,49 +300,81 @@ class HookedModel(ABC):
             seen[target] = x
             raise _Stop
 
-        with torch.enable_grad(), self._hooks({target: end}, {source: _recorder(source, seen)}):
+        edits = {source: _recorder(source, seen)}
+        with torch.enable_grad(), self._hooks({target: end}, edits, Pass(tokens)):
             with suppress(_Stop):
                 self._forward(tokens)
             back = cotangent.to(self.device, self.dtype)
             return torch.autograd.grad(seen[target], seen[source], back)[0]
 
+    @overload
+    def generate(
+        self, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int, temperature: float = 0.0,
+        seed: int = 0, edits: Mapping[str, Edit] | None = None,
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> Int[Tensor, "batch total"]: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, tokens: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+        edits: Mapping[str, Edit] | None = None, lengths: None = None,
+    ) -> str: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, tokens: list[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+        edits: Mapping[str, Edit] | None = None, lengths: None = None,
+    ) -> list[str]: ...  # fmt: skip
+
     @torch.no_grad()
     def generate(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: Int[Tensor, "batch pos"] | str | list[str],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
         edits: Mapping[str, Edit] | None = None,
-    ) -> Int[Tensor, "batch total"]:
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> Int[Tensor, "batch total"] | str | list[str]:
         """Continue each prompt with a key-value cache; edits act in every forward pass.
 
-        The first pass shows an edit the whole prompt, each later one only the new position.
-        Temperature 0 takes the likeliest token. After EOS a row is filled with EOS; the call ends
-        when all rows have, so `total` is at most pos + max_new_tokens.
+        Prompts are texts, which come back with their continuations, or tokens; of different
+        lengths, tokens are right-padded, and so is the result. The first pass shows an edit all
+        prompts, padded on the left; each later one only the new position. Temperature 0 takes the
+        likeliest token. After EOS a row is filled with EOS; the call ends when all rows have, so
+        `total` is at most pos + max_new_tokens.
         """
-        tokens = self._placed(tokens)
+        if not isinstance(tokens, Tensor):
+            texts = [tokens] if isinstance(tokens, str) else tokens
+            ids, lengths = encode_prompts(self, texts)
+            whole = self.generate(
+                ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                edits=edits, lengths=lengths,
+            )  # fmt: skip
+            ends = lengths + whole.shape[1] - ids.shape[1]
+            rows = [self.to_text(row[:end]) for row, end in zip(whole.tolist(), ends, strict=True)]
+            return rows[0] if isinstance(tokens, str) else rows
+        tokens = self._placed(tokens, lengths)
         if tokens.shape[1] + max_new_tokens > self.context:
             raise ShapeError(
                 f"{tokens.shape[1]} + {max_new_tokens} positions are more than the {self.context} "
                 f"that {self.name} takes; shorten the prompt or ask for fewer tokens"
             )
-        generator = torch.Generator().manual_seed(seed)
-        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
-        new, cache = tokens, None
-        with self._hooks({}, edits or {}):
-            for _ in range(max_new_tokens):
-                logits, cache = self._forward(new, cache, use_cache=True)
-                new = _choose(logits[:, -1].float(), temperature, generator)
-                if self.eos_id is not None:
-                    new = torch.where(ended, self.eos_id, new)
-                    ended |= new == self.eos_id
-                new = new[:, None]
-                tokens = torch.cat([tokens, new], dim=1)
-                if bool(ended.all()):
-                    break
-        return tokens
+        if lengths is not None:
+            generation.checked_lengths(tokens, lengths)
+        now = Pass(tokens, generating=True)
+
+        def step(new: Tensor, cache: Any, real: Tensor | None) -> tuple[Tensor, Any]:
+            now.move_on_(new, real, after_prompt=cache is not None)
+            logits, cache = self._forward(new, cache, use_cache=True, real=real)
+            return self._finite(logits[:, -1]), cache
+
+        with self._hooks({}, edits or {}, now):
+            return generation.continued(
+                step, tokens, lengths, generation.chooser(temperature, seed),
+                max_new_tokens=max_new_tokens, eos=self.eos_id, pad=pad_of(self),
+            )  # fmt: skip
 
     # ------------------------------------------------------------------------- directions to logits
 
@@ -348,13 +422,6 @@ def linear_map(module: nn.Module) -> Tensor:
     """Return a linear module's matrix as (inputs, outputs), also of GPT-2's transposed layers."""
     weight = module.get_parameter("weight")
     return weight.T if isinstance(module, nn.Linear) else weight
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature <= 0:
-        return logits.argmax(-1)
-    chances = F.softmax(logits.cpu() / temperature, dim=-1)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
 
 
 def _partial(action: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:

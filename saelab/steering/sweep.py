@@ -1,0 +1,302 @@
+"""Dose and response: how far an edit moves the model, and strengths that move it equally far.
+
+The dose of an edit is the mean KL(clean ‖ steered) of the next-token distributions at the first 32
+positions of the clean model's own continuations, which both models read (teacher forcing). Equal
+strengths of two directions are nothing alike; equal doses are. The KL at the last prompt position
+(Shafran, Geiger, Geva 2025, arXiv 2506.10920) is a second column, for edits that can move it: those
+after the prompt leave it at 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.edits import Handle, LatentEdit, steer
+from saelab.edits.placement import Steerable, encode_prompts
+from saelab.errors import ConfigError
+
+POSITIONS = 32
+"""Positions of each continuation that a dose is taken over, at most."""
+MIN_PROMPTS = 8
+_BISECTIONS = 12
+_WIGGLE = 0.02
+"""Share by which a curve may fall and still count as rising."""
+
+
+# --------------------------------------------------------------------------------------------- dose
+
+
+@dataclass(frozen=True)
+class CleanText:
+    """The clean model's continuations of some prompts, with its log-probabilities there."""
+
+    tokens: Int[Tensor, "prompts pos"]
+    """Prompt and continuation, right-padded."""
+    prompt_lengths: Int[Tensor, " prompts"]
+    lengths: Int[Tensor, " prompts"]
+    log_probs: list[Float[Tensor, "seen d_vocab"]]
+    """Per prompt: after its last token, then after each token of its continuation."""
+
+
+def clean_text(
+    model: Steerable,
+    prompts: Sequence[str],
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    positions: int = POSITIONS,
+) -> CleanText:
+    """Let the unsteered model continue prompts, by up to 32 tokens each.
+
+    Raises ConfigError for fewer than 8 prompts, on which a mean dose is not worth much.
+    """
+    if len(prompts) < MIN_PROMPTS:
+        raise ConfigError(f"a dose needs {MIN_PROMPTS} prompts or more, but {len(prompts)} came")
+    tokens, starts = encode_prompts(model, prompts)
+    whole = model.generate(
+        tokens, max_new_tokens=positions, temperature=temperature, seed=seed, lengths=starts
+    )
+    whole = whole.cpu()
+    ends = [_end(model, row, start) for row, start in zip(whole, starts.tolist(), strict=True)]
+    ends = [min(end, start + positions) for end, start in zip(ends, starts.tolist(), strict=True)]
+    lengths = torch.tensor(ends)
+    return CleanText(whole, starts, lengths, _log_probs(model, whole, starts, lengths))
+
+
+def _end(model: Steerable, row: Int[Tensor, " pos"], start: int) -> int:
+    """Return where a continuation ends: at its first EOS, which is left out, or with the row."""
+    ended = (row[start:] == (-1 if model.eos_id is None else model.eos_id)).nonzero()
+    return start + int(ended[0]) if len(ended) else len(row)
+
+
+def _log_probs(
+    model: Steerable,
+    tokens: Int[Tensor, "prompts pos"],
+    starts: Int[Tensor, " prompts"],
+    lengths: Int[Tensor, " prompts"],
+) -> list[Float[Tensor, "seen d_vocab"]]:
+    logits = model.logits(tokens, lengths=lengths)
+    return [
+        row[start - 1 : end].log_softmax(-1)
+        for row, start, end in zip(logits, starts.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How far an edit moves the model's predictions, in nats."""
+
+    kl: float
+    """Mean over prompts of the mean KL at the positions of the continuation."""
+    kl_last_prompt: float | None
+    """Mean KL at the last prompt position; None for edits after the prompt."""
+    per_prompt: Float[Tensor, " prompts"]
+    """Mean KL of each prompt; NaN where the continuation is empty."""
+    target_shift: float | None
+    """Mean change of the target tokens' log-probability; None without targets."""
+
+
+@torch.no_grad()
+def dose(
+    model: Steerable,
+    edits: Sequence[LatentEdit],
+    text: CleanText,
+    *,
+    targets: Sequence[int] = (),
+) -> Dose:
+    """Return the dose of edits on continuations of the clean model.
+
+    `targets` are tokens of the concept: their joint log-probability is compared too. Raises
+    NonFiniteError if the edits make activations infinite.
+    """
+    with steer(model, *edits, prompt_lengths=text.prompt_lengths):
+        steered = _log_probs(model, text.tokens, text.prompt_lengths, text.lengths)
+    kls, last, shifts = [], [], []
+    for clean, other in zip(text.log_probs, steered, strict=True):
+        kl = (clean.exp() * (clean - other)).sum(-1).clamp(min=0)
+        last.append(kl[0])
+        kls.append(kl[1:].mean())
+        if targets:
+            chosen = list(targets)
+            moved = other[1:, chosen].logsumexp(-1) - clean[1:, chosen].logsumexp(-1)
+            shifts.append(moved.mean())
+    per_prompt = torch.stack(kls).cpu()
+    after = bool(edits) and all(edit.config.where == "after" for edit in edits)
+    return Dose(
+        float(per_prompt.nanmean()),
+        None if after else float(torch.stack(last).mean()),
+        per_prompt,
+        float(torch.stack(shifts).nanmean()) if shifts else None,
+    )
+
+
+# ----------------------------------------------------------------------------------- matched doses
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The strength at which an edit first reaches a dose, on one side of zero."""
+
+    target: float
+    strength: float | None
+    """None: not reached by the largest strength tried."""
+    kl: float
+    """The dose at that strength, or the largest dose that was seen."""
+    monotone: bool
+    """Whether the dose rose all the way up to the largest strength tried."""
+
+
+def match_doses(
+    kl: Callable[[float], float],
+    targets: Sequence[float],
+    *,
+    largest: float,
+    sign: int = 1,
+    points: int = 12,
+    tolerance: float = 0.01,
+) -> list[Matched]:
+    """Return, for each target, the first strength from zero whose dose reaches it.
+
+    Strengths from `largest` / 2^(points − 1) to `largest`, each twice the last, bracket the first
+    crossing, and bisection narrows it until the dose is within a share `tolerance` of the target.
+    Each sign is searched by itself. Raises ConfigError for targets or strengths that are not
+    positive.
+    """
+    if min(targets) <= 0 or largest <= 0 or sign not in (-1, 1):
+        raise ConfigError(
+            f"doses and the largest strength should be positive and the sign 1 or −1, but are "
+            f"{list(targets)}, {largest} and {sign}"
+        )
+    strengths = [largest * 2.0 ** (place + 1 - points) for place in range(points)]
+
+    def side(strength: float) -> float:
+        return kl(sign * strength)
+
+    doses = [side(strength) for strength in strengths]
+    monotone = all(after >= (1 - _WIGGLE) * before for before, after in pairwise(doses))
+    found = []
+    for target in targets:
+        reached = next((i for i, seen in enumerate(doses) if seen >= target), None)
+        if reached is None:
+            found.append(Matched(target, None, max(doses), monotone))
+            continue
+        ends = strengths[reached - 1] if reached else 0.0, strengths[reached]
+        strength, seen = _bisect(side, target, *ends, doses[reached], tolerance)
+        found.append(Matched(target, sign * strength, seen, monotone))
+    return found
+
+
+def _bisect(
+    kl: Callable[[float], float],
+    target: float,
+    low: float,
+    high: float,
+    seen: float,
+    tolerance: float,
+) -> tuple[float, float]:
+    """Return a strength between `low`, below the target, and `high`, not below it, and its dose."""
+    for _ in range(_BISECTIONS):
+        if seen <= target * (1 + tolerance):
+            break
+        # doses grow about with the square of the strength, so the middle is geometric
+        middle = math.sqrt(low * high) if low else high / 2
+        here = kl(middle)
+        if here >= target:
+            high, seen = middle, here
+        else:
+            low = middle
+    return high, seen
+
+
+def matched_strengths(
+    model: Steerable,
+    edit_at: Callable[[float], Sequence[LatentEdit]],
+    text: CleanText,
+    targets: Sequence[float],
+    *,
+    largest: float,
+    sign: int = 1,
+) -> list[Matched]:
+    """Return the strengths at which edits have the given doses; see `match_doses`.
+
+    `edit_at` makes the edits of one strength, for example `lambda s: [add(handle, 417, s)]`.
+    """
+
+    def kl(strength: float) -> float:
+        return dose(model, edit_at(strength), text).kl
+
+    return match_doses(kl, targets, largest=largest, sign=sign)
+
+
+# ----------------------------------------------------------------------------------------- response
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What a model wrote after some prompts."""
+
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    """The continuations alone, without special tokens."""
+
+
+def continuations(
+    model: Steerable,
+    prompts: Sequence[str],
+    edits: Sequence[LatentEdit] = (),
+    *,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch: int = 32,
+) -> Continuations:
+    """Return a model's continuations under edits, in batches of prompts with one cache each."""
+    texts: list[str] = []
+    for first in range(0, len(prompts), batch):
+        tokens, starts = encode_prompts(model, prompts[first : first + batch])
+        with steer(model, *edits):
+            whole = model.generate(
+                tokens, max_new_tokens=max_new_tokens, temperature=temperature,
+                seed=seed + first, lengths=starts,
+            )  # fmt: skip
+        n_new = whole.shape[1] - tokens.shape[1]
+        for row, start in zip(whole.cpu(), starts.tolist(), strict=True):
+            end = _end(model, row[: start + n_new], start)
+            texts.append(model.to_text(row[start:end].tolist()))
+    return Continuations(tuple(prompts), tuple(texts))
+
+
+@torch.no_grad()
+def presence(model: Steerable, handle: Handle, written: Continuations) -> Float[Tensor, " d_sae"]:
+    """Return the share of the continuations' positions on which each latent of a dictionary fires
+    when the unsteered model reads them."""
+    tokens, lengths = encode_prompts(
+        model, [p + t for p, t in zip(written.prompts, written.texts, strict=True)]
+    )
+    _, starts = encode_prompts(model, written.prompts)
+    x = model.capture(tokens, [handle.site], lengths)[handle.site]
+    spans = zip(x, starts.tolist(), lengths.tolist(), strict=True)
+    rows = torch.cat([row[start:end] for row, start, end in spans])
+    z = handle.dictionary.encode(rows.to(handle.dictionary.W_dec))
+    return (z != 0).float().mean(0).cpu()
+
+
+def grid(edit: LatentEdit, multiples: Sequence[float]) -> list[tuple[float, LatentEdit]]:
+    """Return an edit at multiples of its latents' typical maximum, each with its multiple.
+
+    Raises ConfigError for operations whose strength is no size: scale, ablate, project_out.
+    """
+    config = edit.config
+    if config.operation not in ("add", "set", "cap"):
+        raise ConfigError(f"{config} cannot be scaled; a grid takes add, set or cap")
+    plain = config.plain() | {"unit": "typical_max"}
+    configs = [type(config).parse(plain | {"strength": multiple}) for multiple in multiples]
+    return [
+        (multiple, LatentEdit(edit.handle, config))
+        for multiple, config in zip(multiples, configs, strict=True)
+    ]
