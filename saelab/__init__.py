@@ -17,7 +17,7 @@ _API = (
 )  # fmt: skip
 
 
-_ELSEWHERE = {"run": "saelab.pipeline", "steer": "saelab.edits"}
+_ELSEWHERE = {"handle": "saelab.handles", "run": "saelab.pipeline", "steer": "saelab.edits"}
 
 
 def __getattr__(name: str) -> Any:

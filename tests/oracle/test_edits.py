@@ -7,8 +7,9 @@ import torch
 from tiny_models import save_llama
 
 import saelab
-from saelab import dictionaries
+from saelab import artifacts, dictionaries
 from saelab.edits import (
+    Directions,
     Handle,
     Scales,
     TokenPattern,
@@ -23,7 +24,7 @@ from saelab.edits import (
     to_yaml,
 )
 from saelab.edits.placement import encode_prompts
-from saelab.errors import ConfigError, NonFiniteError, ShapeError, SiteError
+from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError, SiteError
 from saelab.models import generation, load_model
 
 SITE = "blocks.0.hook_resid_post"
@@ -287,14 +288,31 @@ def test_what_does_not_fit_is_refused(toy_model, handle):
 def test_a_strength_that_overflows_is_named(toy_model, handle):
     tokens, _ = encode_prompts(toy_model, PROMPTS[:1])
     with (
-        saelab.steer(toy_model, add(handle, 1, 1e38), add(handle, 1, 3e38)),
-        pytest.raises(NonFiniteError, match=r"3e\+38"),
+        saelab.steer(toy_model, *8 * [add(handle, 1, 3e38)]),
+        pytest.raises(NonFiniteError, match=r"activations are not finite after add 3e\+38"),
     ):
         toy_model.logits(tokens)
-    with (
-        saelab.steer(toy_model, add(handle, 1, 1e30)),
-        pytest.raises(NonFiniteError, match=r"1e\+30"),
-    ):
-        toy_model.generate(tokens, max_new_tokens=1)
+    # the neurons stay finite, and overflow where the layer sums them up
+    neurons = Handle(Directions(torch.ones(1, 128)), "blocks.1.mlp.hook_post")
+    for call in (toy_model.logits, lambda t: toy_model.generate(t, max_new_tokens=1)):
+        with (
+            saelab.steer(toy_model, add(neurons, 0, 3e38)),
+            pytest.raises(NonFiniteError, match=r"logits are not finite under add 3e\+38"),
+        ):
+            call(tokens)
     with pytest.raises(ConfigError, match="finite"):
         add(handle, 1, float("inf"))
+
+
+def test_a_finished_dictionary_is_a_handle(tmp_path, toy_model, toy_store):
+    own = make_handle(toy_model)
+    with artifacts.open_draft(tmp_path, "dictionary", "mine", "b" * 64) as draft:
+        own.dictionary.save(draft.folder)
+        draft.finish(stage="dictionary", name="mine", inputs={}, parents=[], facts={"site": SITE})
+    found = saelab.handle(draft.target, toy_store)
+    assert (found.name, found.site) == ("mine", SITE)
+    assert torch.equal(found.dictionary.W_dec, own.dictionary.W_dec)
+    assert found.scales is not None
+    assert saelab.handle(draft.target).scales is None
+    with pytest.raises(ArtifactError, match="a dictionary is wanted"):
+        saelab.handle(toy_store.path)
