@@ -23,7 +23,7 @@ from saelab.errors import ConfigError
 POSITIONS = 32
 """Positions of each continuation that a dose is taken over, at most."""
 MIN_PROMPTS = 8
-_BISECTIONS = 12
+_STEPS = 16
 _WIGGLE = 0.02
 """Share by which a curve may fall and still count as rising."""
 
@@ -163,7 +163,7 @@ def match_doses(
     """Return, for each target, the first strength from zero whose dose reaches it.
 
     Strengths from `largest` / 2^(points − 1) to `largest`, each twice the last, bracket the first
-    crossing, and bisection narrows it until the dose is within a share `tolerance` of the target.
+    crossing, which is narrowed until the dose is within a share `tolerance` above the target.
     Each sign is searched by itself. Raises ConfigError for targets or strengths that are not
     positive.
     """
@@ -172,45 +172,50 @@ def match_doses(
             f"doses and the largest strength should be positive and the sign 1 or −1, but are "
             f"{list(targets)}, {largest} and {sign}"
         )
-    strengths = [largest * 2.0 ** (place + 1 - points) for place in range(points)]
 
     def side(strength: float) -> float:
         return kl(sign * strength)
 
-    doses = [side(strength) for strength in strengths]
+    strengths = [largest * 2.0 ** (place + 1 - points) for place in range(points)]
+    seen = {strength: side(strength) for strength in strengths}
+    doses = list(seen.values())
     monotone = all(after >= (1 - _WIGGLE) * before for before, after in pairwise(doses))
     found = []
     for target in targets:
-        reached = next((i for i, seen in enumerate(doses) if seen >= target), None)
-        if reached is None:
+        if max(doses) < target:
             found.append(Matched(target, None, max(doses), monotone))
             continue
-        ends = strengths[reached - 1] if reached else 0.0, strengths[reached]
-        strength, seen = _bisect(side, target, *ends, doses[reached], tolerance)
-        found.append(Matched(target, sign * strength, seen, monotone))
+        strength = _first_crossing(side, seen, target, tolerance)
+        found.append(Matched(target, sign * strength, seen[strength], monotone))
     return found
 
 
-def _bisect(
-    kl: Callable[[float], float],
-    target: float,
-    low: float,
-    high: float,
-    seen: float,
-    tolerance: float,
-) -> tuple[float, float]:
-    """Return a strength between `low`, below the target, and `high`, not below it, and its dose."""
-    for _ in range(_BISECTIONS):
-        if seen <= target * (1 + tolerance):
+def _first_crossing(
+    kl: Callable[[float], float], seen: dict[float, float], target: float, tolerance: float
+) -> float:
+    """Return the first known strength with the dose, after narrowing where it lies.
+
+    What is tried on the way is added to `seen`. Between two strengths a dose is about a power of
+    the strength, the second near zero; every other step halves the interval, for curves that are
+    not.
+    """
+    aim = target * (1 + tolerance / 2)
+    for step in range(_STEPS):
+        ordered = sorted(seen.items())
+        place = next(i for i, (_, dose) in enumerate(ordered) if dose >= target)
+        high, above = ordered[place]
+        if above <= target * (1 + tolerance):
             break
-        # doses grow about with the square of the strength, so the middle is geometric
-        middle = math.sqrt(low * high) if low else high / 2
-        here = kl(middle)
-        if here >= target:
-            high, seen = middle, here
+        low, below = ordered[place - 1] if place else (0.0, 0.0)
+        if low and below > 0:
+            share = math.log(aim / below) / math.log(above / below) if step % 2 == 0 else 0.5
+            middle = low * (high / low) ** share
         else:
-            low = middle
-    return high, seen
+            middle = max(high * math.sqrt(aim / above), (low + high) / 2 if step % 2 else low)
+        if not low < middle < high:
+            break
+        seen[middle] = kl(middle)
+    return min(strength for strength, dose in seen.items() if dose >= target)
 
 
 def matched_strengths(
