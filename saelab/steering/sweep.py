@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -135,6 +136,28 @@ def dose(
     )
 
 
+@torch.no_grad()
+def ce_change(
+    model: Steerable,
+    edits: Sequence[LatentEdit],
+    tokens: Int[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """Return how much edits raise the cross-entropy of texts, in nats per token: a side effect on
+    neutral text. Every token but the first is predicted; NaN for texts of one token."""
+    clean = _cross_entropy(model, tokens, lengths)
+    with steer(model, *edits):
+        return _cross_entropy(model, tokens, lengths) - clean
+
+
+def _cross_entropy(
+    model: Steerable, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    logits = model.logits(tokens, lengths=lengths).cpu()
+    rows = zip(logits, tokens.cpu(), lengths.tolist(), strict=True)
+    return torch.stack([F.cross_entropy(row[: n - 1], ids[1:n]) for row, ids, n in rows])
+
+
 # ----------------------------------------------------------------------------------- matched doses
 
 
@@ -202,7 +225,7 @@ def _first_crossing(
     aim = target * (1 + tolerance / 2)
     for step in range(_STEPS):
         ordered = sorted(seen.items())
-        place = next(i for i, (_, dose) in enumerate(ordered) if dose >= target)
+        place = next(i for i, (_, value) in enumerate(ordered) if value >= target)
         high, above = ordered[place]
         if above <= target * (1 + tolerance):
             break
@@ -215,7 +238,7 @@ def _first_crossing(
         if not low < middle < high:
             break
         seen[middle] = kl(middle)
-    return min(strength for strength, dose in seen.items() if dose >= target)
+    return min(strength for strength, value in seen.items() if value >= target)
 
 
 def matched_strengths(

@@ -7,15 +7,16 @@ that arms are compared prompt by prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.edits import Handle, LatentEdit, Where, add
 from saelab.edits.placement import Steerable
+from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
 from saelab.stats import Difference, bootstrap, paired_difference
 from saelab.steering.baselines import instructed
@@ -77,6 +78,10 @@ class Response:
         """Harmonic mean of lift and fluency; see `fluency.steering_score`."""
         return float(_score(self._totals))
 
+    def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
+        """Return what was done on some of the prompts; texts and doses are those of all."""
+        return replace(self, sums=self.sums[prompts])
+
     @property
     def _totals(self) -> Float[Tensor, "1 5"]:
         return self.sums.sum(0, keepdim=True)
@@ -89,6 +94,41 @@ class Response:
     def over(self, other: "Response", *, resamples: int = 1000, seed: int = 0) -> Difference:
         """Return this score minus another arm's, paired by prompt, with its 95 % interval."""
         return paired_difference(self.sums, other.sums, _score, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best of several responses, chosen on one half of the prompts, reported on the other."""
+
+    chosen: int
+    """Its place among the candidates."""
+    reported: Response
+    """On the other half."""
+    oracle: Response
+    """The best of that other half itself: what better choosing could have gained."""
+    n_candidates: int
+
+
+def select(candidates: Sequence[Response]) -> Selection:
+    """Return the response with the best score on every other prompt, scored on the rest.
+
+    Responses without a score, of doses that were not reached, are never chosen. Raises ConfigError
+    if none has a score.
+    """
+    if not candidates:
+        raise ConfigError("there is no response to choose from; give `select` one or more")
+    choosing = torch.arange(len(candidates[0].sums)) % 2 == 0
+    halves = [[one.where(half) for one in candidates] for half in (choosing, ~choosing)]
+    first, second = (
+        torch.tensor([one.score for one in half]).nan_to_num(-torch.inf) for half in halves
+    )
+    chosen, best = int(first.argmax()), int(second.argmax())
+    if first[chosen].isinf() or second[best].isinf():
+        raise ConfigError(
+            f"none of {len(candidates)} responses reached its dose on both halves of the prompts; "
+            "ask for smaller doses or allow a larger strength"
+        )
+    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates))
 
 
 def _lift(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
