@@ -18,6 +18,7 @@ import torch
 from saelab import artifacts, dictionaries, models, store
 from saelab.artifacts import Draft, read_manifest
 from saelab.config import Config
+from saelab.edits.placement import Steerable
 from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
 from saelab.evals.concepts import ConceptsEvaluator
 from saelab.evals.core import CoreConfig, CoreEvaluator
@@ -34,6 +35,7 @@ from saelab.progress import Bar
 from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.results import write_rows
 from saelab.stats import ResultRow
+from saelab.steering.evaluator import SteeringEvaluator
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
@@ -46,7 +48,7 @@ from saelab.train.progress import describe
 
 def load_model(
     source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
-) -> LanguageModel:
+) -> Steerable:
     """Load a language model: a named asset, `hub:org/name`, a folder, a GGUF file, or `toy`."""
     return models.load_model(source, dtype=dtype, device=device)
 
@@ -331,7 +333,9 @@ def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[
     return {"evals": inputs}
 
 
-_KINDS = (CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator)
+_KINDS = (
+    CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator, SteeringEvaluator,
+)  # fmt: skip
 _EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab.errors import ConfigError
 from saelab.protocols import Edit, LanguageModel
 
 
@@ -106,9 +107,16 @@ def where_in_text(model: LanguageModel, pattern: str) -> Bool[Tensor, " d_vocab"
 def encode_prompts(
     model: LanguageModel, texts: Sequence[str]
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
-    """Return texts as right-padded tokens with BOS where the model has it, and their lengths."""
+    """Return texts as right-padded tokens with BOS where the model has it, and their lengths.
+
+    Raises ConfigError without a text.
+    """
+    if not texts:
+        raise ConfigError("there is no text to tokenize; give one prompt or more")
     head = [model.bos_id] if model.adds_bos and model.bos_id is not None else []
-    runs = [torch.tensor(head + run.ids.tolist()) for run in model.tokenize(texts)]
+    runs = [
+        torch.tensor(head + run.ids.tolist(), dtype=torch.int64) for run in model.tokenize(texts)
+    ]
     lengths = torch.tensor([len(run) for run in runs])
     tokens = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=pad_of(model))
     return tokens, lengths

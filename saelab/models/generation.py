@@ -23,14 +23,13 @@ Step = Callable[
 all of it): the logits after the last, and the cache."""
 
 
-def checked_lengths(tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]) -> None:
-    """Check that each prompt has a token and fits. Raises ShapeError."""
-    if lengths.shape != tokens.shape[:1] or not bool(
-        ((lengths >= 1) & (lengths <= tokens.shape[1])).all()
-    ):
+def check_prompts(lengths: Int[Tensor, " batch"]) -> None:
+    """Check that each prompt has a token. Raises ShapeError."""
+    empty = (lengths < 1).nonzero()[:, 0].tolist()
+    if empty:
         raise ShapeError(
-            f"lengths should be between 1 and {tokens.shape[1]}, one for each of "
-            f"{tokens.shape[0]} prompts, but are {lengths.tolist()}"
+            f"each prompt needs a token to go on from, but prompts {empty} are empty; begin with "
+            "a word, or with BOS where the model has it"
         )
 
 

@@ -362,7 +362,7 @@ class HookedModel(ABC):
                 f"that {self.name} takes; shorten the prompt or ask for fewer tokens"
             )
         if lengths is not None:
-            generation.checked_lengths(tokens, lengths)
+            generation.check_prompts(lengths)
         now = Pass(tokens, generating=True)
 
         def step(new: Tensor, cache: Any, real: Tensor | None) -> tuple[Tensor, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from saelab.edits.placement import encode_prompts
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
-from saelab.steering.sweep import Continuations
+from saelab.steering.sweep import Continuations, text_logits
 
 _EDGES = (0.05, 0.95)
 
@@ -29,15 +29,17 @@ def token_losses(model: LanguageModel, written: Continuations) -> Float[Tensor, 
     """
     whole = [p + t for p, t in zip(written.prompts, written.texts, strict=True)]
     tokens, lengths = encode_prompts(model, whole)
-    logits = model.logits(tokens, lengths=lengths).cpu()
     losses = []
-    runs = zip(model.tokenize(whole), written.prompts, lengths.tolist(), strict=True)
-    for row, (run, prompt, length) in enumerate(runs):
-        head = length - len(run)
-        own = torch.arange(length)[head:][run.end > len(prompt)]
+    runs = zip(
+        text_logits(model, tokens, lengths), model.tokenize(whole), written.prompts, tokens,
+        strict=True,
+    )  # fmt: skip
+    for logits, run, prompt, ids in runs:
+        head = len(logits) - len(run)
+        own = torch.arange(head, len(logits))[run.end > len(prompt)]
         own = own[own > 0]
-        log_probs = logits[row, own - 1].log_softmax(-1)
-        losses.append(-log_probs.gather(1, tokens[row, own][:, None]).mean())
+        log_probs = logits[own - 1].log_softmax(-1)
+        losses.append(-log_probs.gather(1, ids[own][:, None]).mean())
     return torch.stack(losses)
 
 

@@ -23,6 +23,7 @@ from saelab.edits.placement import encode_prompts
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
 from saelab.stats import auc
+from saelab.steering.sweep import text_logits
 
 MIN_AUROC = 0.8
 """A judge below this on held-out text or on unsteered generations is unvalidated."""
@@ -138,8 +139,7 @@ class ModelJudge:
         """Return the chance of yes against no for each text."""
         asked = [self._question.replace("{text}", text) for text in texts]
         tokens, lengths = encode_prompts(self._model, asked)
-        logits = self._model.logits(tokens, lengths=lengths).cpu()
-        last = logits[torch.arange(len(asked)), lengths - 1]
+        last = torch.stack([row[-1] for row in text_logits(self._model, tokens, lengths)])
         return (last[:, self._yes] - last[:, self._no]).sigmoid()
 
 

@@ -8,7 +8,7 @@ after the prompt leave it at 0.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,11 +20,14 @@ from torch import Tensor
 from saelab.edits import Handle, LatentEdit, steer
 from saelab.edits.placement import Steerable, encode_prompts
 from saelab.errors import ConfigError
+from saelab.protocols import LanguageModel
 
 POSITIONS = 32
 """Positions of each continuation that a dose is taken over, at most."""
 MIN_PROMPTS = 8
 _STEPS = 16
+_TEXTS = 8
+"""Texts whose logits are held at once."""
 _WIGGLE = 0.02
 """Share by which a curve may fall and still count as rising."""
 
@@ -153,9 +156,22 @@ def ce_change(
 def _cross_entropy(
     model: Steerable, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    logits = model.logits(tokens, lengths=lengths).cpu()
-    rows = zip(logits, tokens.cpu(), lengths.tolist(), strict=True)
-    return torch.stack([F.cross_entropy(row[: n - 1], ids[1:n]) for row, ids, n in rows])
+    rows = zip(text_logits(model, tokens, lengths), tokens.cpu(), strict=True)
+    losses = [F.cross_entropy(row[:-1], ids[1 : len(row)]) for row, ids in rows]
+    return torch.stack(losses)
+
+
+def text_logits(
+    model: LanguageModel, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]
+) -> Iterator[Float[Tensor, "length d_vocab"]]:
+    """Yield each right-padded text's logits at its own positions, on the CPU.
+
+    A few texts are run at a time: logits are far larger than anything else.
+    """
+    for first in range(0, len(tokens), _TEXTS):
+        part, own = tokens[first : first + _TEXTS], lengths[first : first + _TEXTS]
+        logits = model.logits(part[:, : int(own.max())], lengths=own).cpu()
+        yield from (row[:n] for row, n in zip(logits, own.tolist(), strict=True))
 
 
 # ----------------------------------------------------------------------------------- matched doses

@@ -107,13 +107,14 @@ class Selection:
     oracle: Response
     """The best of that other half itself: what better choosing could have gained."""
     n_candidates: int
+    n_reached: int
+    """Candidates that reached their dose; the others have no score and are never chosen."""
 
 
-def select(candidates: Sequence[Response]) -> Selection:
+def select(candidates: Sequence[Response]) -> Selection | None:
     """Return the response with the best score on every other prompt, scored on the rest.
 
-    Responses without a score, of doses that were not reached, are never chosen. Raises ConfigError
-    if none has a score.
+    None where none of them reached its dose. Raises ConfigError without a response.
     """
     if not candidates:
         raise ConfigError("there is no response to choose from; give `select` one or more")
@@ -123,12 +124,10 @@ def select(candidates: Sequence[Response]) -> Selection:
         torch.tensor([one.score for one in half]).nan_to_num(-torch.inf) for half in halves
     )
     chosen, best = int(first.argmax()), int(second.argmax())
-    if first[chosen].isinf() or second[best].isinf():
-        raise ConfigError(
-            f"none of {len(candidates)} responses reached its dose on both halves of the prompts; "
-            "ask for smaller doses or allow a larger strength"
-        )
-    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates))
+    n_reached = int((first.isfinite() & second.isfinite()).sum())
+    if not n_reached:
+        return None
+    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates), n_reached)
 
 
 def _lift(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
@@ -169,12 +168,12 @@ class Trial:
         self._reader = fluency_model or model
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self.text: CleanText = clean_text(model, prompts, temperature=temperature, seed=seed)
-        usual = continuations(
+        self.usual: Continuations = continuations(
             model, samples * self._prompts, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed + 1,
         )  # fmt: skip
-        self.band: Band = band(self._reader, usual)
-        scores = judge(usual.texts).double().reshape(samples, len(self._prompts))
+        self.band: Band = band(self._reader, self.usual)
+        scores = judge(self.usual.texts).double().reshape(samples, len(self._prompts))
         self.unsteered: Float[Tensor, " prompts"] = scores.nanmean(0)
         """Mean judged score of each prompt's unsteered continuations."""
 

@@ -281,6 +281,10 @@ def test_what_does_not_fit_is_refused(toy_model, handle):
         add(handle, [1, 2], [1.0])
     with pytest.raises(ConfigError, match="different ones"):
         ablate(handle, [1, 1])
+    with pytest.raises(ShapeError, match=r"prompts \[1\] are empty"):
+        toy_model.generate(["the", ""], max_new_tokens=1)
+    with pytest.raises(ConfigError, match="no text"):
+        toy_model.generate([], max_new_tokens=1)
     with pytest.raises(ConfigError, match="cannot be negative"):
         cap(handle, 1, -1.0)
 
