@@ -352,7 +352,7 @@ class HookedModel(ABC):
                 ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                 edits=edits, lengths=lengths,
             )  # fmt: skip
-            ends = lengths + whole.shape[1] - ids.shape[1]
+            ends = (lengths + whole.shape[1] - ids.shape[1]).tolist()
             rows = [self.to_text(row[:end]) for row, end in zip(whole.tolist(), ends, strict=True)]
             return rows[0] if isinstance(tokens, str) else rows
         tokens = self._placed(tokens, lengths)

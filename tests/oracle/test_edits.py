@@ -247,12 +247,9 @@ def test_edits_round_trip_through_yaml(handle):
 def test_typical_maxima_are_means_of_documents_largest(toy_model, toy_store):
     handle = make_handle(toy_model)
     scales = measure_scales(handle.dictionary, toy_store, SITE, batch=100)
-    peaks: dict[int, torch.Tensor] = {}
-    for part in toy_store.scan(SITE, batch=5000, split="train"):
-        for x, document in zip(part.x.float(), part.documents.tolist(), strict=True):
-            z = handle.dictionary.encode(x[None])[0].abs()
-            peaks[document] = torch.maximum(peaks.get(document, z), z)
-    peak = torch.stack(list(peaks.values()))
+    (rows,) = toy_store.scan(SITE, batch=5000, split="train")
+    z = handle.dictionary.encode(rows.x.float()).abs()
+    peak = torch.stack([z[rows.documents == d].amax(0) for d in rows.documents.unique()])
     wanted = torch.stack([p[p > 0].mean() for p in peak.T])
     torch.testing.assert_close(scales.typical_max, wanted, equal_nan=True)
     assert scales.mean_norm == toy_store.stats(SITE).mean_norm

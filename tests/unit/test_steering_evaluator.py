@@ -12,6 +12,8 @@ from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig, harvest
 from saelab.steering import evaluator as module
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
+from saelab.steering.sweep import Matched
+from saelab.steering.trial import Response
 from saelab.store import StoreWriter, open_store
 
 SITE = "blocks.1.hook_resid_post"
@@ -46,7 +48,7 @@ def store(tmp_path_factory, toy_model):
 
 def make_dictionary(toy_model, seed: int):
     """Random latents, and latent 0 with the direction that writes the glad words."""
-    dictionary = dictionaries.create({"type": "topk", "d_in": 32, "d_sae": 20, "k": 8})
+    dictionary = dictionaries.create({"type": "topk", "d_in": 32, "d_sae": 24, "k": 8})
     generator = torch.Generator().manual_seed(seed)
     dictionary.init_(torch.randn(100, 32, generator=generator), generator)
     ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
@@ -76,7 +78,7 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     lead = found["steering_score_over(isotropic)(glad)", "dictionary"]
     assert lead.value == pytest.approx(score["dictionary"] - score["isotropic"])
     assert found["steering_judge_heldout_auroc(glad)", "judge"].value > 0.9
-    assert found["steering_ce_change(glad)", "dictionary"].value > 0
+    assert found["steering_ce_change(glad)", "dictionary"].value != 0
     assert found["steering_others_change(glad)", "dictionary"].value >= 0
     for row in rows:
         assert row.encoder.startswith("ngrams(held-out half)")
@@ -89,9 +91,10 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
 
 
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
-    monkeypatch.setattr(module, "N_RANDOM", 2)
-    config = CONFIG.model_copy(update={"doses": (1e6,), "largest": 0.1})
-    rows = list(SteeringEvaluator(config, SITE)(make_dictionary(toy_model, 0), store, toy_model))
+    missed = Matched(1.5, None, 0.2, True)
+    nothing = Response("any", 1.5, (missed,), None, "none", torch.full((16, 5), math.nan), ())
+    monkeypatch.setattr(SteeringEvaluator, "_responses", lambda *_: [nothing])
+    rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
     assert {row.value for row in rows if row.name == "steering_reached(glad)"} == {0.0, 1.0}
     assert {row.arm for row in rows if row.name == "steering_score(glad)"} == {"prompt"}
 
