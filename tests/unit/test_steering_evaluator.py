@@ -48,7 +48,7 @@ def store(tmp_path_factory, toy_model):
 
 def make_dictionary(toy_model, seed: int):
     """Random latents, and latent 0 with the direction that writes the glad words."""
-    dictionary = dictionaries.create({"type": "topk", "d_in": 32, "d_sae": 24, "k": 8})
+    dictionary = dictionaries.create({"type": "topk", "d_in": 32, "d_sae": 20, "k": 8})
     generator = torch.Generator().manual_seed(seed)
     dictionary.init_(torch.randn(100, 32, generator=generator), generator)
     ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
