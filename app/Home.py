@@ -14,6 +14,7 @@ page = st.navigation(
             ("feature", "Feature", ":material/radar:"),
             ("tree", "Concept tree", ":material/account_tree:"),
             ("text", "Try your text", ":material/edit_note:"),
+            ("circuit", "Circuit", ":material/hub:"),
         )
     ],
     position="top",

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from saelab.circuits_run import HeadsRun
 from saelab.config import Config
 from saelab.dictionaries import REGISTRY, config_class
 from saelab.members import MemberTraining
@@ -17,9 +18,9 @@ PAGE = Path(__file__).parent / "config.md"
 
 _HEAD = """# Configuration
 
-What `saelab run CONFIG` takes: a YAML file of these keys. On the command line `key.sub=value` sets
-one, `dictionaries.0.k=64` one of a list. A key that is not here is refused, and the nearest is
-named.
+What `saelab run CONFIG` takes: a YAML file of these keys; at the end what `saelab circuits` takes.
+On the command line `key.sub=value` sets one, `dictionaries.0.k=64` one of a list. A key that is not
+here is refused, and the nearest is named.
 
 This page is made from the code by `python docs/make_config.py`.
 """
@@ -34,6 +35,7 @@ def page() -> str:
         )
     title = "dictionaries: keys of every type"
     parts.append(_section(title, MemberTraining))
+    parts += _sections("circuits heads", HeadsRun)
     return "\n".join(parts)
 
 

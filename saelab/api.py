@@ -6,9 +6,7 @@ an artifact's draft.
 
 import functools
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.harvest.online import OnlineStore
 from saelab.passes import Load
-from saelab.progress import Bar
+from saelab.progress import Bar, spinner
 from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.results import write_rows
 from saelab.stats import ResultRow
@@ -367,7 +365,7 @@ def write_results(
     loaded = dictionaries.load(dictionary).to(device)
     rows: list[ResultRow] = []
     for name in evals:
-        with _spinner(f"evaluate {name}"):
+        with spinner(f"evaluate {name}"):
             rows += _evaluator(name, configs[name], site)(loaded, activations, model)
     n = write_rows(draft, rows, origin)
     return {"n_results": n, "evals": list(evals), "site": site}
@@ -395,11 +393,3 @@ def write_features(
             site=site, meta=meta,
             report=lambda step, share: bar.update(round(100 * share), f"{step}, {share:.0%}"),
         )  # fmt: skip
-
-
-@contextmanager
-def _spinner(title: str) -> Any:
-    started = time.monotonic()
-    with Bar(title, None, "") as bar:
-        yield bar
-        bar.note(f"{title}: {time.monotonic() - started:.0f} s")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from saelab import circuits_cli
 from saelab.errors import SaelabError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ store_app = typer.Typer(no_args_is_help=True, help="Stores from your own arrays.
 app.add_typer(assets_app, name="assets")
 app.add_typer(cache_app, name="cache")
 app.add_typer(store_app, name="store")
+app.add_typer(circuits_cli.app, name="circuits")
 
 _WIDE = None if sys.stdout.isatty() else 160
 """Tables are not folded at 80 columns when the output goes to a file."""

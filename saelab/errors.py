@@ -35,6 +35,11 @@ class SiteError(SaelabError):
     """A model has no such site, or a site does not fit its use."""
 
 
+class TaskError(SaelabError):
+    """A model cannot do a task, its tokenizer has too few words for it, or its prompts do not
+    fit."""
+
+
 class NonFiniteError(SaelabError):
     """Activations or a loss are NaN or infinite."""
 

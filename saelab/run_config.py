@@ -137,7 +137,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     if isinstance(source, dict):
         data = apply_overrides(source, overrides)
     else:
-        data = load_yaml(_config_path(Path(source)), overrides)
+        data = load_yaml(config_path(Path(source)), overrides)
     config = RunConfig.parse(data)
     for member in config.members():
         _check_site(config, member)
@@ -190,7 +190,8 @@ def _check_neurons(config: RunConfig, member: Member) -> None:
         )
 
 
-def _config_path(path: Path) -> Path:
+def config_path(path: Path) -> Path:
+    """Return the file of a configuration, here or shipped. Raises ConfigError if there is none."""
     if path.exists():
         return path
     import saelab_experiments

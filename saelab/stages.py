@@ -19,7 +19,10 @@ from saelab.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION = {"store": 1, "dictionary": 3, "results": 3, "features": 2}
+STAGE_VERSION = {
+    "store": 1, "dictionary": 3, "results": 3, "features": 2, "effects": 1, "heads": 1,
+    "circuit": 1, "supervised": 1,
+}  # fmt: skip
 """Bumped by hand when a stage's outputs change for the same inputs; the golden test asks for it."""
 
 Status = Literal["found", "made", "missing", "diverged"]
@@ -82,13 +85,15 @@ class Stages:
         artifacts.adopt(elsewhere, target)
         return target
 
-    def find_or_make(self, work: Work, out: Path, fill: Fill, device: str, member: int) -> None:
-        """Make the artifact if it is not there."""
+    def find_or_make(
+        self, work: Work, out: Path, fill: Fill, device: str, member: int | None = None
+    ) -> Path | None:
+        """Make the artifact if it is not there; return its folder, None in a dry run."""
         found = self.find(work, out)
         if found is not None:
             self.note(work, found, "found", member=member)
-        else:
-            self.make(work, out, fill, device, member)
+            return found
+        return self.make(work, out, fill, device, member)
 
     def make(
         self, work: Work, out: Path, fill: Fill, device: str, member: int | None = None

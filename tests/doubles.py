@@ -1,6 +1,7 @@
 """Stand-ins for protocols, small enough to be read at a glance."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saelab.protocols import SiteStats, Split
-from saelab.types import Batch, Document, Window
+from saelab.types import Batch, Document, TokenRun, Window
 
 
 class ArrayStore:
@@ -139,3 +140,31 @@ def planted_store(
     amounts = 1 + torch.rand(n, active, generator=generator)
     z = torch.zeros(n, latents).scatter(1, chosen, amounts)
     return ArrayStore({"site": z @ directions + torch.randn(d, generator=generator)}), directions
+
+
+class WordTokenizer:
+    """One token per word with the space before it; digits singly or by two; all else by itself."""
+
+    name = "words"
+    pad_id = None
+
+    def __init__(self, *, digits: int = 1, bos_id: int | None = None) -> None:
+        self.bos_id = bos_id
+        self.adds_bos = bos_id is not None
+        years = {1: r"\d", 2: r" ?\d\d|\d", 3: r" ?\d{1,3}"}[digits]
+        self._pieces = re.compile(rf" ?[A-Za-z]+|{years}|.", re.DOTALL)
+        self._ids: dict[str, int] = {}
+
+    def tokenize(self, texts):
+        return [self._run(text) for text in texts]
+
+    def _run(self, text: str) -> TokenRun:
+        found = [
+            (self._ids.setdefault(p[0], len(self._ids) + 10), p.start(), p.end())
+            for p in self._pieces.finditer(text)
+        ]
+        return TokenRun(*torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1))
+
+    def to_strings(self, ids):
+        strings = {place: piece for piece, place in self._ids.items()}
+        return [strings.get(int(i), "<bos>") for i in ids]

@@ -11,16 +11,19 @@ __all__ = ["ModelIdentity", "identify", "load_model", "resolve_device", "resolve
 def load_model(
     source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
 ) -> Steerable:
-    """Load a model: a named asset, `hub:org/name`, a Hugging Face folder, a .gguf file, or `toy`.
+    """Load a model: a named asset, `hub:org/name`, a Hugging Face folder, a .gguf file, `toy`, or
+    `handwired:induction`.
 
     `dtype` is float32, bfloat16, float16 (cuda only) or auto. Raises AssetError if the model cannot
     be found or read, ConfigError for an unknown dtype or device.
     """
-    from saelab.models import toy
+    from saelab.models import handwired, toy
 
     identity = identify(source, dtype, device)
     if toy.is_toy(source):
         return toy.ToyModel(toy.seed_of(source), resolve_device("cpu"))
+    if handwired.is_handwired(source):
+        return handwired.named(source)
     from saelab.models.lens import LensModel
 
     return LensModel(identity, resolve_device(device))

@@ -1,25 +1,24 @@
 """What every model shares: captures, edits, gradients and generation by hooks on plain modules.
 
-A model names the modules at which its sites lie (`Point`); everything else is done here. Hooks live
-for one call, under the model's lock, and go also when it fails. A hook acts only in the call that
-installed it: an edit may itself call the model, and that inner forward pass is clean.
+A model names the modules at which its sites lie (`Point`); everything else is done here, by hooks
+that live for one call (`sites`).
 """
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from saelab.edits.placement import SiteEdits, encode_prompts, pad_of
-from saelab.errors import NonFiniteError, ShapeError, SiteError, nearest
+from saelab.errors import ShapeError, SiteError
 from saelab.models import generation
-from saelab.models.hooks import Pass, Point, Standing, handing_on, read, write
+from saelab.models.hooks import Pass, Past, Point, handing_on, last_only, linear_map, recorder
+from saelab.models.sites import Sites
 from saelab.protocols import Edit
 from saelab.types import SiteInfo, TokenRun
 
@@ -39,6 +38,7 @@ class HookedModel(ABC):
     fingerprint: str
     d_model: int
     n_layers: int
+    n_heads: int
     d_vocab: int
     context: int
     device: torch.device
@@ -48,15 +48,12 @@ class HookedModel(ABC):
     pad_id: int | None
     special_ids: frozenset[int]
     adds_bos: bool
+    _unembed: nn.Module
+    """Makes logits of the final norm's output."""
 
     def __init__(self, points: Sequence[Point], *, blocks_return_tensors: bool) -> None:
         """Take the sites' places, in forward order, and whether blocks return bare tensors."""
-        self._points = {point.site.name: point for point in points}
-        self._order = {name: place for place, name in enumerate(self._points)}
-        self._lock = threading.RLock()
-        self._call: object | None = None
-        self._standing = Standing()
-        self._blocks_return_tensors = blocks_return_tensors
+        self._sites = Sites(self.name, points, blocks_return_tensors=blocks_return_tensors)
         self._spliced: tuple[str, Tensor, Tensor] | None = None
         """The site, tokens and clean activations of the last splice."""
 
@@ -88,6 +85,10 @@ class HookedModel(ABC):
         """
 
     @abstractmethod
+    def _copies(self, cache: Any, times: int) -> Any:
+        """Return a copy of a key-value cache, with every row `times` times in a row."""
+
+    @abstractmethod
     def _read_out(self) -> tuple[Tensor, bool, Tensor]:
         """Return the final norm's scale, whether it centres, and W_U as (d_vocab, d_model)."""
 
@@ -95,77 +96,23 @@ class HookedModel(ABC):
 
     def sites(self) -> Sequence[SiteInfo]:
         """Return the sites that can be captured, in forward order."""
-        return [point.site for point in self._points.values()]
+        return self._sites.infos
 
     def site(self, name: str) -> SiteInfo:
         """Return one site. Raises SiteError that lists the nearest names."""
-        return self._point(name).site
+        return self._sites[name].site
 
-    def _point(self, name: str) -> Point:
-        point = self._points.get(name)
-        if point is None:
-            raise SiteError(
-                f"{self.name} has no site {name!r}; {nearest(name, list(self._points))}"
-            )
-        return point
-
-    # ---------------------------------------------------------------------------------------- hooks
-
-    @contextmanager
-    def _hooks(
-        self,
-        reads: Mapping[str, Callable[[Tensor], None]],
-        writes: Mapping[str, Edit],
-        now: Pass,
-    ) -> Iterator[None]:
-        """Install hooks for one call; a site's writes come before its reads, and the edits that
-        stand before both."""
-        call = object()
-        handles: list[RemovableHandle] = []
-        writes = self._standing.before(writes, now)
-        names = sorted(map(self._known, {*reads, *writes}), key=lambda name: self._order[name])
-        with self._lock:
-            outer, self._call = self._call, call
-            try:
-                for name in names:
-                    point = self._points[name]
-                    if name in writes:
-                        handles += write(point, self._guard(call, _checked(name, writes[name])))
-                    if name in reads:
-                        handles.append(read(point, self._guard(call, reads[name])))
-                yield
-            finally:
-                self._call = outer
-                for handle in handles:
-                    handle.remove()
-
-    @contextmanager
     def steered(
         self, edits: SiteEdits, prompt_lengths: Int[Tensor, " batch"] | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Let edits stand in every pass of this thread until the block ends; they nest.
 
-        Raises NonFiniteError from a pass whose logits they make infinite.
+        Raises SiteError for an unknown site, and NonFiniteError from a pass whose logits they make
+        infinite.
         """
         for name in edits.sites:
-            self._known(name)
-        with self._standing.holding(edits, prompt_lengths):
-            yield
-
-    def _finite(self, logits: Tensor) -> Tensor:
-        """Return logits as float32. Raises NonFiniteError if edits that stand overflow them."""
-        logits = logits.float()
-        if self._standing.edits and not bool(logits.isfinite().all()):
-            edits = "; ".join(str(edits) for edits, _ in self._standing.edits)
-            raise NonFiniteError(f"logits are not finite under {edits}; take a smaller strength")
-        return logits
-
-    def _known(self, name: str) -> str:
-        return self._point(name).site.name
-
-    def _guard(self, call: object, action: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """Let a hook act only in the call that installed it, not in one made inside an edit."""
-        return lambda x: action(x) if self._call is call else None
+            self.site(name)
+        return self._sites.standing.holding(edits, prompt_lengths)
 
     def _placed(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Check the tokens' shape and move them to the model's device."""
@@ -203,8 +150,9 @@ class HookedModel(ABC):
             if len(kept) == wanted:
                 raise _Stop
 
-        reads = {name: _partial(keep, name) for name in sites}
-        with torch.inference_mode(), self._hooks(reads, {}, Pass(tokens, lengths)), suppress(_Stop):
+        reads = {name: partial(keep, name) for name in sites}
+        now = Pass(tokens, lengths)
+        with torch.inference_mode(), self._sites.hooked(reads, {}, now), suppress(_Stop):
             self._forward(tokens)
         # copied, since tensors of inference mode could not be used where gradients are taken
         return {name: kept[name].clone() for name in sites}
@@ -218,8 +166,8 @@ class HookedModel(ABC):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return float32 logits, with each site's activations passed through its edit."""
         tokens = self._placed(tokens, lengths)
-        with self._hooks({}, edits or {}, Pass(tokens, lengths)):
-            return self._finite(self._forward(tokens)[0])
+        with self._sites.hooked({}, edits or {}, Pass(tokens, lengths)):
+            return self._sites.standing.finite(self._forward(tokens)[0])
 
     def splice(
         self,
@@ -237,10 +185,10 @@ class HookedModel(ABC):
         tokens = self._placed(tokens, lengths)
         mask = keep.to(self.device)[..., None]
         put = x_hat.to(self.device, self.dtype)
-        with self._lock:
+        with self._sites.lock:
             name, seen, clean = self._spliced or ("", tokens, None)
             # edits that stand may have changed what was seen, or may change it now
-            alone = not self._standing.edits
+            alone = not self._sites.standing.edits
             known = alone and name == site and torch.equal(seen, tokens)
 
             def edit(x: Tensor) -> Tensor:
@@ -249,16 +197,43 @@ class HookedModel(ABC):
                     self._spliced = (site, tokens.clone(), x)
                 return torch.where(mask, put, x)
 
-            with handing_on(self._blocks_before(site) if known else ()):
+            with handing_on(self._sites.blocks_before(site) if known else ()):
                 return self.logits(tokens, {site: edit})
 
-    def _blocks_before(self, site: str) -> list[nn.Module]:
-        """Return the blocks that need not run where the site's clean activations are known."""
-        layer, name = self.site(site).layer, site.rpartition(".")[2]
-        if not self._blocks_return_tensors or layer is None or "hook_resid" not in name:
-            return []
-        layers = {"hook_resid_pre": layer, "hook_resid_post": layer + 1}.get(name, 0)
-        return [self._point(f"blocks.{i}.hook_resid_post").module for i in range(layers)]
+    @torch.no_grad()
+    def remember(self, tokens: Int[Tensor, "batch pos"]) -> Past:
+        """Return the keys and values of a prompt's beginning, for `resume`; it is not changed.
+
+        Raises ConfigError while edits stand, as `resume` does.
+        """
+        tokens = self._placed(tokens)
+        with self._sites.hooked({}, {}, None):
+            return Past(self._forward(tokens, use_cache=True)[1], *tokens.shape)
+
+    @torch.no_grad()
+    def resume(
+        self,
+        resid: Float[Tensor, "rows pos d_model"],
+        layer: int,
+        edits: Mapping[str, Edit] | None = None,
+        past: Past | None = None,
+    ) -> Float[Tensor, "rows d_vocab"]:
+        """Return the float32 logits at the last position, from the stream that enters a block.
+
+        Only blocks from `layer` on are run, and of the positions only those of `resid`; they attend
+        to those of `past` before them. Each of its rows stands for equally many rows of `resid`.
+        Raises ConfigError while edits stand: there are no tokens by which to place them.
+        """
+        site = f"blocks.{layer}.hook_resid_pre"
+        edits = dict(edits or {})
+        edit = edits.pop(site, None)
+        start = resid.to(self.device, self.dtype)
+        edits[site] = lambda _: start if edit is None else edit(start)
+        tokens = torch.zeros(resid.shape[:2], dtype=torch.int64, device=self.device)
+        cache = None if past is None else self._copies(past.cache, len(resid) // past.rows)
+        shortened = (handing_on(self._sites.blocks_before(site)), last_only(self._unembed))
+        with self._sites.lock, shortened[0], shortened[1], self._sites.hooked({}, edits, None):
+            return self._forward(tokens, cache, use_cache=cache is not None)[0][:, -1].float()
 
     def grad_at(
         self,
@@ -274,8 +249,8 @@ class HookedModel(ABC):
         tokens = self._placed(tokens)
         seen: dict[str, Tensor] = {}
         edits = dict(edits or {})
-        edits |= {name: _recorder(name, seen, edits.get(name)) for name in sites}
-        with torch.enable_grad(), self._hooks({}, edits, Pass(tokens)):
+        edits |= {name: recorder(name, seen, edits.get(name)) for name in sites}
+        with torch.enable_grad(), self._sites.hooked({}, edits, Pass(tokens)):
             value = objective(self._forward(tokens)[0].float())
             grads = torch.autograd.grad(value, [seen[name] for name in sites])
         return {name: (seen[name].detach(), g) for name, g in zip(sites, grads, strict=True)}
@@ -291,7 +266,7 @@ class HookedModel(ABC):
 
         Raises SiteError if `target` does not come after `source`.
         """
-        if self._order[self._known(target)] <= self._order[self._known(source)]:
+        if self._sites.order(target) <= self._sites.order(source):
             raise SiteError(f"{target!r} should come after {source!r} in the forward pass")
         tokens = self._placed(tokens)
         seen: dict[str, Tensor] = {}
@@ -300,8 +275,8 @@ class HookedModel(ABC):
             seen[target] = x
             raise _Stop
 
-        edits = {source: _recorder(source, seen)}
-        with torch.enable_grad(), self._hooks({target: end}, edits, Pass(tokens)):
+        edits = {source: recorder(source, seen)}
+        with torch.enable_grad(), self._sites.hooked({target: end}, edits, Pass(tokens)):
             with suppress(_Stop):
                 self._forward(tokens)
             back = cotangent.to(self.device, self.dtype)
@@ -368,9 +343,9 @@ class HookedModel(ABC):
         def step(new: Tensor, cache: Any, real: Tensor | None) -> tuple[Tensor, Any]:
             now.move_on_(new, real, after_prompt=cache is not None)
             logits, cache = self._forward(new, cache, use_cache=True, real=real)
-            return self._finite(logits[:, -1]), cache
+            return self._sites.standing.finite(logits[:, -1]), cache
 
-        with self._hooks({}, edits or {}, now):
+        with self._sites.hooked({}, edits or {}, now):
             return generation.continued(
                 step, tokens, lengths, generation.chooser(temperature, seed),
                 max_new_tokens=max_new_tokens, eos=self.eos_id, pad=pad_of(self),
@@ -406,7 +381,7 @@ class HookedModel(ABC):
         Through W_out for neurons and W_O for (flattened) heads; unchanged for sites that lie in
         the residual stream or are added to it. A norm that follows W_O or W_out is left out.
         """
-        point = self._point(site)
+        point = self._sites[site]
         if directions.shape[-1] != point.site.width:
             raise ShapeError(
                 f"directions have width {directions.shape[-1]}, but site {site!r} has width "
@@ -416,40 +391,3 @@ class HookedModel(ABC):
         if point.site.kind in ("mlp_neurons", "heads"):
             return directions @ linear_map(point.module).float()
         return directions
-
-
-def linear_map(module: nn.Module) -> Tensor:
-    """Return a linear module's matrix as (inputs, outputs), also of GPT-2's transposed layers."""
-    weight = module.get_parameter("weight")
-    return weight.T if isinstance(module, nn.Linear) else weight
-
-
-def _partial(action: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
-    return lambda x: action(name, x)
-
-
-def _recorder(name: str, seen: dict[str, Tensor], edit: Edit | None = None) -> Edit:
-    """Return an edit that notes the (edited) activations as a node of the graph."""
-
-    def record(x: Tensor) -> Tensor:
-        if edit is not None:
-            x = edit(x)
-        seen[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return seen[name]
-
-    return record
-
-
-def _checked(name: str, edit: Edit) -> Edit:
-    """Let an edit answer in another dtype, but not in another shape."""
-
-    def checked(x: Tensor) -> Tensor:
-        y = edit(x)
-        if y.shape != x.shape:
-            raise ShapeError(
-                f"the edit of {name!r} should return {tuple(x.shape)}, but returned "
-                f"{tuple(y.shape)}"
-            )
-        return y.to(x.dtype)
-
-    return checked

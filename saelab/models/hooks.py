@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saelab.edits.placement import Placement, SiteEdits
+from saelab.errors import ConfigError, NonFiniteError, ShapeError
 from saelab.protocols import Edit
 from saelab.types import SiteInfo
 
@@ -28,6 +29,15 @@ class Point:
     branch: "Point | None" = None
     """For `hook_resid_mid` only: what attention adds. The middle of the residual stream is no
     module's output, so a change of it is added here; both MLP and skip connection then see it."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of the beginning of some prompts."""
+
+    cache: Any
+    rows: int
+    positions: int
 
 
 def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -89,6 +99,12 @@ def _write_middle(point: Point, action: Callable[[Tensor], Tensor | None]) -> li
     return [read(block, note), *write(point.branch, change)]
 
 
+def linear_map(module: nn.Module) -> Tensor:
+    """Return a linear module's matrix as (inputs, outputs), also of GPT-2's transposed layers."""
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, nn.Linear) else weight
+
+
 @contextmanager
 def handing_on(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let blocks only hand on their input, in a pass that replaces the stream after them anyway."""
@@ -103,6 +119,47 @@ def handing_on(blocks: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
+
+
+@contextmanager
+def last_only(unembed: nn.Module) -> Iterator[None]:
+    """Let a read-out see the last position only."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        return (args[0][:, -1:],)
+
+    handle = unembed.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def recorder(name: str, seen: dict[str, Tensor], edit: Edit | None = None) -> Edit:
+    """Return an edit that notes the (edited) activations as a node of the graph."""
+
+    def record(x: Tensor) -> Tensor:
+        if edit is not None:
+            x = edit(x)
+        seen[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return seen[name]
+
+    return record
+
+
+def checked(name: str, edit: Edit) -> Edit:
+    """Let an edit answer in another dtype, but not in another shape."""
+
+    def checked(x: Tensor) -> Tensor:
+        y = edit(x)
+        if y.shape != x.shape:
+            raise ShapeError(
+                f"the edit of {name!r} should return {tuple(x.shape)}, but returned "
+                f"{tuple(y.shape)}"
+            )
+        return y.to(x.dtype)
+
+    return checked
 
 
 # ------------------------------------------------------------------------------ edits that stand
@@ -152,13 +209,34 @@ class Standing(threading.local):
         finally:
             self.edits = before
 
-    def before(self, writes: Mapping[str, Edit], now: Pass) -> dict[str, Edit]:
-        """Return a call's own edits with those that stand put before them."""
+    def before(self, writes: Mapping[str, Edit], now: Pass | None) -> dict[str, Edit]:
+        """Return a call's own edits with those that stand put before them.
+
+        Raises ConfigError if edits stand in a pass whose positions are unknown (`now` is None).
+        """
         merged = dict(writes)
+        if now is None:
+            if self.edits:
+                raise ConfigError(
+                    f"a pass that goes on from remembered activations cannot place {self}; leave "
+                    "the block of `steer`, or give the pass edits of its own"
+                )
+            return merged
         for edits, prompt_lengths in reversed(self.edits):
             for site in edits.sites:
                 merged[site] = _then(edits, site, prompt_lengths, now, merged.get(site))
         return merged
+
+    def finite(self, logits: Tensor) -> Tensor:
+        """Return logits as float32. Raises NonFiniteError if edits that stand overflow them."""
+        logits = logits.float()
+        if self.edits and not bool(logits.isfinite().all()):
+            raise NonFiniteError(f"logits are not finite under {self}; take a smaller strength")
+        return logits
+
+    def __str__(self) -> str:
+        """Return the edits in words."""
+        return "; ".join(str(edits) for edits, _ in self.edits)
 
 
 def _then(

@@ -13,7 +13,7 @@ from saelab import assets
 from saelab.artifacts import read_json, write_json
 from saelab.config import digest
 from saelab.errors import AssetError, ConfigError, nearest
-from saelab.models import toy
+from saelab.models import handwired, toy
 
 DTYPES = {
     "float32": torch.float32,
@@ -49,6 +49,8 @@ def identify(
     """
     if toy.is_toy(source):
         return _identify_toy(source, dtype)
+    if handwired.is_handwired(source):
+        return _identify_handwired(source, dtype)
     resolved_dtype = resolve_dtype(dtype, resolve_device(device))
     folder, name, content = _folder_of(source)
     sizes = _sizes(folder)
@@ -67,6 +69,16 @@ def _identify_toy(source: str, dtype: str) -> ModelIdentity:
         "d_vocab": toy.D_VOCAB,
     }
     return ModelIdentity("toy", source, fingerprint, "float32", **sizes, folder=None)
+
+
+def _identify_handwired(source: str, dtype: str) -> ModelIdentity:
+    if dtype not in ("auto", "float32"):
+        raise ConfigError(f"hand-wired models compute in float32; dtype {dtype!r} came")
+    made = handwired.named(source)
+    return ModelIdentity(
+        made.name, source, made.fingerprint, "float32", context=made.context, d_model=made.d_model,
+        n_layers=made.n_layers, d_vocab=made.d_vocab, folder=None,
+    )  # fmt: skip
 
 
 def _folder_of(source: str) -> tuple[Path, str, str]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from saelab.errors import AssetError
 from saelab.models.convert import quiet_transformers
-from saelab.models.hooked import HookedModel, linear_map
-from saelab.models.hooks import Point, read
+from saelab.models.hooked import HookedModel
+from saelab.models.hooks import Point, linear_map, read
 from saelab.models.identity import DTYPES, ModelIdentity
 from saelab.types import SiteInfo, TokenRun
 
@@ -50,6 +50,7 @@ class LensModel(HookedModel):
         self.context = identity.context
         self.device, self.dtype = device, DTYPES[identity.dtype]
         self._network, tokenizer = _load(identity, device)
+        self.n_heads = self._network.config.get_text_config().num_attention_heads
         self._take_tokenizer(tokenizer)
         names = _names(self, self._network, tokenizer)
         self._norm = self._network.get_submodule(names.norm)
@@ -150,6 +151,11 @@ class LensModel(HookedModel):
             input_ids=tokens, past_key_values=cache, use_cache=use_cache, **padded
         )
         return output.logits, output.past_key_values if use_cache else None
+
+    def _copies(self, cache: Any, times: int) -> Any:
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(times)
+        return copied
 
     def _read_out(self) -> tuple[Tensor, bool, Tensor]:
         centres = isinstance(self._norm, nn.LayerNorm)

@@ -166,12 +166,13 @@ class ToyModel(HookedModel):
         self.fingerprint = digest({"toy": seed, "version": VERSION})
         self.device = device or torch.device("cpu")
         self.dtype = torch.float32
-        self.d_model, self.n_layers = D_MODEL, N_LAYERS
+        self.d_model, self.n_layers, self.n_heads = D_MODEL, N_LAYERS, N_HEADS
         self.d_vocab, self.context = D_VOCAB, CONTEXT
         self.bos_id, self.eos_id, self.pad_id = BOS, EOS, EOS
         self.special_ids = frozenset({BOS, EOS})
         self.adds_bos = False
         self._network = _Network(seed).eval().requires_grad_(False).to(self.device)
+        self._unembed = self._network.unembed
         super().__init__(_points(self._network), blocks_return_tensors=True)
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenRun]:
@@ -200,6 +201,9 @@ class ToyModel(HookedModel):
     ) -> tuple[Tensor, Any]:
         logits, store = self._network(tokens, cache, real)
         return logits, store if use_cache else None
+
+    def _copies(self, cache: Any, times: int) -> Any:
+        return [tuple(x.repeat_interleave(times, 0) for x in layer) for layer in cache]
 
     def _read_out(self) -> tuple[Tensor, bool, Tensor]:
         return self._network.ln_final.weight, False, self._network.unembed.weight

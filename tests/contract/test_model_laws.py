@@ -66,7 +66,7 @@ def test_an_unknown_site_is_refused_with_the_nearest_names(model, tokens):
 
 def test_capture_stops_after_the_last_site(model, tokens):
     ran = []
-    last = model._points[f"blocks.{model.n_layers - 1}.hook_resid_post"].module
+    last = model._sites[f"blocks.{model.n_layers - 1}.hook_resid_post"].module
     handle = last.register_forward_hook(lambda *_: ran.append(1))
     try:
         model.capture(tokens, ["blocks.0.hook_resid_post", "hook_embed"])
@@ -107,7 +107,7 @@ def test_repeated_splices_give_the_bits_of_a_first_one(model, tokens, name):
     x = model.capture(tokens, [site])[site]
     keep = torch.tensor([[True, False] * 3 + [True]] * 2)
     ran = []
-    handle = model._points["blocks.0.mlp.hook_post"].module.register_forward_hook(
+    handle = model._sites["blocks.0.mlp.hook_post"].module.register_forward_hook(
         lambda *_: ran.append(1)
     )
     for other in (tokens, tokens.flip(0), tokens):
@@ -240,6 +240,24 @@ def test_a_vector_jacobian_product_agrees_with_finite_differences(model, tokens,
     assert float(slow) == pytest.approx(float(back.norm()), rel=0.02)
     with pytest.raises(SiteError, match="should come after"):
         model.vjp(tokens, target, source, cotangent)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("beginning", [0, 3])
+def test_going_on_from_the_middle_gives_the_logits_of_a_whole_pass(model, tokens, layer, beginning):
+    site, stream = f"blocks.{layer}.attn.hook_z", f"blocks.{layer}.hook_resid_pre"
+    before = hook_counts(model)
+    shift = torch.randn(2, 3, 7, model.site(site).width, generator=torch.Generator().manual_seed(1))
+    shift[:, :, :beginning] = 0
+    entering = model.capture(tokens, [stream])[stream][:, beginning:]
+    past = model.remember(tokens[:, :beginning]) if beginning else None
+    edits = {site: lambda z: z + shift.flatten(0, 1)[:, beginning:]}
+    for _ in range(2):
+        found = model.resume(entering.repeat_interleave(3, 0), layer, edits, past)
+    whole = model.logits(tokens.repeat_interleave(3, 0), {site: lambda z: z + shift.flatten(0, 1)})
+    torch.testing.assert_close(found, whole[:, -1], atol=1e-4, rtol=1e-4)
+    assert hook_counts(model) == before
+    assert not torch.allclose(found, model.logits(tokens.repeat_interleave(3, 0))[:, -1])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -47,10 +47,12 @@ def handle(toy_model):
     return make_handle(toy_model)
 
 
-@pytest.fixture(scope="module", params=["toy", "llama"])
+@pytest.fixture(scope="module", params=["toy", "llama", "handwired"])
 def model(request, toy_model, tmp_path_factory):
     if request.param == "toy":
         return toy_model
+    if request.param == "handwired":
+        return load_model("handwired:induction")
     folder = save_llama(tmp_path_factory.mktemp("llama"))
     return load_model(str(folder), dtype="float32", device="cpu")
 
@@ -231,6 +233,18 @@ def test_splices_under_standing_edits_see_them(toy_model, handle):
             toy_model.splice(tokens, site, x_hat, keep), toy_model.logits(tokens)
         )
     assert torch.equal(toy_model.splice(tokens, site, x_hat, keep), clean)
+
+
+def test_a_pass_that_goes_on_from_the_middle_refuses_edits_that_stand(toy_model, handle):
+    tokens, _ = encode_prompts(toy_model, PROMPTS[:1])
+    stream = toy_model.capture(tokens, [SITE])[SITE]
+    with saelab.steer(toy_model, add(handle, 1, 4.0)):
+        with pytest.raises(ConfigError, match=r"cannot place add .*leave the block of `steer`"):
+            toy_model.resume(stream, 1)
+        with pytest.raises(ConfigError, match="cannot place"):
+            toy_model.remember(tokens)
+    found = toy_model.resume(stream, 1, past=None)
+    torch.testing.assert_close(found, toy_model.logits(tokens)[:, -1])
 
 
 def test_edits_round_trip_through_yaml(handle):

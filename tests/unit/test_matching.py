@@ -240,7 +240,7 @@ def test_samples_share_no_document_with_each_other_or_with_the_training_texts(tm
 
 
 def test_the_shipped_study_is_valid_and_unknown_arms_are_refused(tmp_path):
-    path = matching.Path(matching.__file__).parent / "itda" / "matching.yaml"
+    path = matching.Path(matching.__file__).parent / "layers" / "matching.yaml"
     with pytest.raises(ConfigError, match="no arm 'knwon'"):
         matching.main([str(path), "knwon", f"out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,1 @@
+"""Which parts of a model carry a task: prompts, causal effects of parts, and scores of heads."""

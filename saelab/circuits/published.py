@@ -1,0 +1,42 @@
+"""Heads that others have found, for those who have the model."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saelab.circuits.effects import Component
+from saelab.errors import ConfigError
+
+GPT2_SMALL_IOI: Mapping[str, tuple[Component, ...]] = {
+    role: tuple(Component(layer, head) for layer, head in heads)
+    for role, heads in {
+        "previous token": ((2, 2), (4, 11)),
+        "duplicate token": ((0, 1), (3, 0), (0, 10)),
+        "induction": ((5, 5), (6, 9), (5, 8), (5, 9)),
+        "S-inhibition": ((7, 3), (7, 9), (8, 6), (8, 10)),
+        "negative name mover": ((10, 7), (11, 10)),
+        "name mover": ((9, 9), (9, 6), (10, 0)),
+        "backup name mover": (
+            (10, 10), (10, 6), (10, 2), (10, 1), (11, 2), (11, 9), (11, 3), (9, 7),
+        ),
+    }.items()
+}  # fmt: skip
+"""The 26 heads of indirect object identification in GPT-2 small, by role: Wang et al. 2022,
+arXiv 2211.00593. The lists of the other tasks are not shipped: we have not read them."""
+
+LISTS: Mapping[str, Mapping[str, tuple[Component, ...]]] = {"gpt2_small_ioi": GPT2_SMALL_IOI}
+"""By name, as configurations know them."""
+
+
+def is_listed(name: str, components: Sequence[Component]) -> Bool[Tensor, " components"]:
+    """Return which heads are on a list. Raises ConfigError if the model lacks some of them."""
+    listed = {head for heads in LISTS[name].values() for head in heads}
+    missing = sorted(listed - set(components))
+    if missing:
+        raise ConfigError(
+            f"the list {name} is of another model: this one has no heads "
+            f"{', '.join(map(str, missing))}; leave `published` out"
+        )
+    return torch.tensor([component in listed for component in components])

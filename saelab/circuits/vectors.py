@@ -1,0 +1,126 @@
+"""The activations of a few slots of one site, and the model with others in their place.
+
+A *cross-section* is the site with the slots that a task goes through: patching them from corrupted
+prompts moves a given share of the metric.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.circuits.ability import last_logits
+from saelab.circuits.attributes import at_slots
+from saelab.circuits.tasks import TaskData, Version
+from saelab.errors import ConfigError
+from saelab.protocols import Edit, LanguageModel
+
+
+@dataclass(frozen=True)
+class CrossSection:
+    """One site, some slots."""
+
+    site: str
+    slots: tuple[str, ...]
+    moved: float
+    """Share of the metric's difference between clean and corrupted prompts that they carry."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the model makes of some prompts."""
+
+    metric: Float[Tensor, " n"]
+    """float64."""
+    answer: Int[Tensor, " n"]
+    """Its likeliest next token."""
+
+
+def vectors(
+    model: LanguageModel,
+    data: TaskData,
+    site: str,
+    slots: Sequence[str],
+    *,
+    version: Version = "clean",
+    batch: int = 16,
+) -> Float[Tensor, "n slots d"]:
+    """Return the activations of some slots of every prompt."""
+    at = at_slots(data, slots)
+    tokens: Tensor = getattr(data, version)
+    found = []
+    for rows in torch.arange(len(data)).split(batch):
+        x = model.capture(tokens[rows], [site])[site]
+        found.append(x[torch.arange(len(rows))[:, None], at[rows]])
+    return torch.cat(found)
+
+
+def outcome(
+    model: LanguageModel,
+    data: TaskData,
+    site: str,
+    slots: Sequence[str],
+    x: Float[Tensor, "n slots d"] | None = None,
+    *,
+    batch: int = 16,
+) -> Outcome:
+    """Return the model's metric and answers on clean prompts, with `x` put into the slots."""
+    at = at_slots(data, slots)
+    metric, answer = [], []
+    for rows in torch.arange(len(data)).split(batch):
+        edits = {} if x is None else {site: _put(at[rows], x[rows])}
+        part = data.rows(rows)
+        logits = part.at_end(model.logits(part.clean, edits))
+        metric.append(part.measure(logits).double().cpu())
+        answer.append(logits.argmax(-1).cpu())
+    return Outcome(torch.cat(metric), torch.cat(answer))
+
+
+def _put(at: Int[Tensor, "n slots"], x: Float[Tensor, "n slots d"]) -> Edit:
+    def edit(y: Float[Tensor, "n pos d"]) -> Float[Tensor, "n pos d"]:
+        y = y.clone()
+        y[torch.arange(len(y))[:, None], at] = x.to(y)
+        return y
+
+    return edit
+
+
+def choose_slots(
+    model: LanguageModel,
+    data: TaskData,
+    site: str,
+    *,
+    share: float = 0.5,
+    slots: Sequence[str] = (),
+    batch: int = 16,
+) -> CrossSection:
+    """Return the fewest slots, those that carry most first, which together move `share`.
+
+    They are chosen among `slots`, by default all that every prompt has. Raises ConfigError if they
+    do not move so much together, or if corrupted prompts have the same metric.
+    """
+    slots = slots or [name for name, at in data.slots.items() if bool((at >= 0).all())]
+    clean = outcome(model, data, site, slots, batch=batch).metric
+    other = vectors(model, data, site, slots, version="corrupted", batch=batch)
+    swapped = data.measure(last_logits(model, data, "corrupted", batch=batch)).double().cpu()
+    gap = float((clean - swapped).mean())
+    if gap == 0:
+        raise ConfigError(f"corrupted prompts of {data.name} have the metric of the clean ones")
+
+    def moved(chosen: Sequence[int]) -> float:
+        names = [slots[i] for i in chosen]
+        found = outcome(model, data, site, names, other[:, list(chosen)], batch=batch)
+        return float((clean - found.metric).mean()) / gap
+
+    alone = [moved([i]) for i in range(len(slots))]
+    order = sorted(range(len(slots)), key=lambda i: -alone[i])
+    for n in range(1, len(order) + 1):
+        together = alone[order[0]] if n == 1 else moved(order[:n])
+        if together >= share:
+            return CrossSection(site, tuple(slots[i] for i in order[:n]), together)
+    raise ConfigError(
+        f"the slots {', '.join(slots)} of {site} together move {together:.0%} of the metric, but "
+        f"{share:.0%} is wanted: give more slots, another site, or a smaller share"
+    )

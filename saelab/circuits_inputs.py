@@ -1,0 +1,100 @@
+"""What runs of circuits share: the model, finished dictionaries, prompts in two parts, the key."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab import api, artifacts, assets, dictionaries
+from saelab.artifacts import Manifest
+from saelab.circuits.tasks import TaskData
+from saelab.circuits_config import CircuitConfig
+from saelab.config import Config
+from saelab.errors import ArtifactError, ConfigError
+from saelab.models import resolve_device
+from saelab.protocols import Dictionary, LanguageModel
+from saelab.stages import Fill, Stages, Work
+
+
+def find_or_make(
+    config: CircuitConfig,
+    stage: str,
+    inputs: dict[str, Any],
+    parents: Sequence[Path],
+    fill: Fill,
+    *,
+    wait: float,
+) -> Path:
+    """Find or make the artifact of a run; return its folder."""
+    stages = Stages(assets.cache_dir(), dry=False, wait=wait)
+    work = Work(stage, config.name, inputs, [artifacts.parent_of(path) for path in parents])
+    found = stages.find_or_make(work, config.out, fill, config.device)
+    assert found is not None, "only a dry run makes nothing"
+    return found
+
+
+_MANNERS = {"batch", "memory_gb", "force"}
+"""Fields that change no number."""
+
+
+def numbers(config: Config) -> dict[str, Any]:
+    """Return the fields that change the numbers."""
+    return {key: value for key, value in config.plain().items() if key not in _MANNERS}
+
+
+def open_model(config: CircuitConfig) -> LanguageModel:
+    """Load the model of a configuration, on its device and with its threads."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    return api.load_model(config.model.source, dtype=config.model.dtype, device=device)
+
+
+def chosen_dictionaries(config: CircuitConfig) -> dict[Path, Manifest]:
+    """Return the finished dictionaries of a configuration, with their manifests.
+
+    Raises ArtifactError for one of another model, ConfigError if there is none.
+    """
+    if not config.dictionaries:
+        raise ConfigError("dictionaries: give at least one finished dictionary's folder")
+    chosen = {path: artifacts.read_manifest(path) for path in map(_finished, config.dictionaries)}
+    for path, manifest in chosen.items():
+        if manifest.stage != "dictionary":
+            raise ArtifactError(f"{path} is a {manifest.stage}, but a dictionary is wanted")
+        source = (manifest.facts.get("model") or {}).get("source")
+        if source is not None and source != config.model.source:
+            raise ArtifactError(
+                f"{path} was trained on activations of {source}, but the circuit is of "
+                f"{config.model.source}: give dictionaries of this model"
+            )
+    return chosen
+
+
+def _finished(path: Path) -> Path:
+    """Return a dictionary's folder from its path, or from that without the key at its end."""
+    if (path / artifacts.MANIFEST).exists():
+        return path
+    found = [p.parent for p in path.parent.glob(f"{path.name}-????????/{artifacts.MANIFEST}")]
+    if len(found) != 1:
+        what = "no finished dictionary" if not found else f"{len(found)} dictionaries"
+        raise ArtifactError(
+            f"there is {what} at {path}; `saelab list` shows those of a run, and `saelab train` "
+            "makes them"
+        )
+    return found[0]
+
+
+def load_dictionary(path: Path, model: LanguageModel) -> Dictionary:
+    """Load a finished dictionary onto the model's device."""
+    return dictionaries.load(path).to(model.device)
+
+
+def parted(data: TaskData, pairs: int) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " rest"]]:
+    """Return `pairs` of the rows and the rest; both have every template as often as they can."""
+    order = data.templates.argsort(stable=True)
+    number, n = torch.arange(len(order)), len(order)
+    first = (number + 1) * pairs // n > number * pairs // n
+    return order[first].sort().values, order[~first].sort().values

@@ -1,0 +1,300 @@
+"""Principled evaluations at both ends, on activations that are sums of what labels say."""
+
+import pytest
+import torch
+from circuit_toys import BareModel, linear_codes
+from doubles import WordTokenizer
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+
+from saelab.circuits.attributes import (
+    Attributes,
+    Coding,
+    attributes_of,
+    counterfactual,
+    fit_features,
+)
+from saelab.circuits.bases import Basis, principal_directions
+from saelab.circuits.predicates import best_claims, best_unions, claims, f1, predicates, splitting
+from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights
+from saelab.circuits.supervised import SUPERVISED, SupervisedConfig, SupervisedEvaluation
+from saelab.circuits.tasks import TaskData, draw
+from saelab.circuits.vectors import choose_slots, outcome, vectors
+from saelab.errors import ArtifactError, ConfigError, ShapeError
+from saelab.models.hooks import Point
+from saelab.types import SiteInfo
+
+D, VOCAB, SITE = 8, 12, "blocks.0.hook_resid_post"
+IOS, SUBJECTS = (2, 3, 4, 5), (6, 7, 8, 9)
+
+
+class _Gather(nn.Module):
+    """At each position, the sum of what all positions so far say, each through its own matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Parameter(torch.empty(5, D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("npd,pde->npe", x, self.maps[: x.shape[1]]).cumsum(1)
+
+
+def additive_model() -> BareModel:
+    """x_end = Σ_p M_p E[token_p]; logits from a tanh of it, and so not linear."""
+    block = _Gather()
+    readout = (nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, VOCAB))
+    network = nn.Sequential(nn.Embedding(VOCAB, D), block, *readout)
+    return BareModel(
+        "additive", network, [Point(SiteInfo(SITE, D, 0, "resid"), block, "out")], D, VOCAB
+    )
+
+
+def prompts(model: BareModel, copies: int = 1) -> TaskData:
+    """Every pair of a value of `io` and one of `subject`, the model's own answer being right."""
+    pairs = [(io, s) for io in IOS for s in SUBJECTS for _ in range(copies)]
+    clean = torch.tensor([[0, io, s, s, 1] for io, s in pairs])
+    corrupted = torch.tensor([[0, io, s, io, 1] for io, s in pairs])
+    logits, other = (model.logits(t)[:, -1] for t in (clean, corrupted))
+    n = len(pairs)
+    return TaskData(
+        name="ioi", metric="logit_difference", clean=clean, corrupted=corrupted,
+        unpredictable=corrupted, off_task=corrupted, lengths=torch.full((n,), 5),
+        right=(logits - other).argmax(1, keepdim=True), wrong=other.argmax(1, keepdim=True),
+        templates=torch.zeros(n, dtype=torch.int64),
+        slots={s: torch.full((n,), i) for i, s in enumerate(("", "io", "s1", "s2", "end")) if s},
+        attributes={
+            "io": tuple(str(io) for io, _ in pairs), "subject": tuple(str(s) for _, s in pairs)
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return additive_model()
+
+
+class Silent:
+    """A dictionary that never says anything: every reconstruction is the mean."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.W_dec, self.b_dec, self.d_in, self.d_out, self.d_sae = torch.eye(D), mean, D, D, D
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.fixture(scope="module")
+def scores(model):
+    fit, test = prompts(model, 2), prompts(model)
+    config = SupervisedConfig(budgets=[1, 2, 2 * D], moved=0.9)
+    evaluation = SupervisedEvaluation(model, SITE, fit, test, config, seed=1)
+    x = evaluation.fit.x[:, 0]
+    arms = {"basis": principal_directions(x), "silent": Silent(x.mean(0))}
+    rows = list(evaluation.rows(arms))
+    assert evaluation.section.slots == ("end",)
+    return {(row.arm, row.name): row for row in rows}, evaluation
+
+
+# ------------------------------------------------------------------------------------- the two ends
+
+
+def test_additive_activations_are_all_that_labels_say(scores):
+    found, _ = scores
+    for name in ("sufficiency", "necessity", "agreement[io, k=2]", "agreement[subject, k=2]",
+                 "f1[io]@end", "f1[subject]@end", "found[io]@end", "parts[subject]@end",
+                 "parts_recall[io]@end", "sufficiency[F1 ≥ 0.6]",
+                 "necessity[F1 ≥ 0.6]"):  # fmt: skip
+        assert found[SUPERVISED, name].value == pytest.approx(1, abs=1e-4), name
+    assert found[SUPERVISED, "moved"].value == pytest.approx(1, abs=1e-4)
+    assert found[SUPERVISED, "latents[F1 ≥ 0.6]"].value == 8
+    assert found[SUPERVISED, "norm[io]@end"].value > 0
+
+
+def test_a_dictionary_without_error_is_sufficient_and_its_whole_edit_agrees(scores):
+    found, _ = scores
+    assert found["basis", "sufficiency"].value == pytest.approx(1, abs=1e-4)
+    assert found["basis", "necessity"].value == pytest.approx(1, abs=1e-4)
+    for attribute in ("io", "subject"):
+        assert found["basis", f"agreement[{attribute}, k={2 * D}]"].value == 1
+        assert found["basis", f"magnitude[{attribute}, k={2 * D}]"].value == pytest.approx(1)
+
+
+def test_a_dictionary_that_says_nothing_has_nothing(scores):
+    found, evaluation = scores
+    ablated = float(evaluation.ablated.metric.sum() / evaluation.clean.metric.sum())
+    assert found["silent", "sufficiency"].value == pytest.approx(ablated, abs=1e-4)
+    assert found["silent", "necessity"].value == pytest.approx(0, abs=1e-4)
+    assert found["silent", "f1[io]@end"].value == 0
+    for attribute in ("io", "subject"):
+        none = found["none", f"agreement[{attribute}]"].value
+        assert none < 0.8
+        assert found["silent", f"agreement[{attribute}, k=2]"].value == none
+        assert found["silent", f"edit_score[{attribute}, k=2]"].value == 0
+        assert found[SUPERVISED, f"edit_score[{attribute}, k=2]"].value == 1
+
+
+def test_no_score_where_the_supervised_edit_adds_too_little(model):
+    config = SupervisedConfig(budgets=[1], least_gap=1.0, slots=["end"])
+    evaluation = SupervisedEvaluation(model, SITE, prompts(model, 2), prompts(model), config)
+    assert not [row for row in evaluation.rows({}) if row.name.startswith("edit_score")]
+
+
+# ------------------------------------------------------------------------------------------- edits
+
+
+def random_coding(generator, n=7, m=9, d=5):
+    z = torch.randn(n, m, generator=generator)
+    z = torch.where(torch.rand(n, m, generator=generator) < 0.5, 0, z)
+    return Coding(z, torch.randn(m, d, generator=generator), torch.randn(d, generator=generator))
+
+
+def slow_edit(z_s, z_t, W, goal, k):
+    """One row, one latent at a time, every candidate tried."""
+    current, taken = torch.zeros_like(goal), []
+    for _ in range(k):
+        free = [i for i in range(len(W)) if i not in taken and (z_s[i] != 0 or z_t[i] != 0)]
+        if not free:
+            break
+        best = min(free, key=lambda i: float((goal - current - (z_t[i] - z_s[i]) * W[i]).norm()))
+        current = current + (z_t[best] - z_s[best]) * W[best]
+        taken.append(best)
+    return current, taken
+
+
+def test_greedy_edits_are_those_of_trying_every_latent():
+    generator = torch.Generator().manual_seed(0)
+    source = random_coding(generator)
+    target = Coding(random_coding(generator).z, source.W, source.b)
+    goal = torch.randn(7, 5, generator=generator)
+    for k, edit in enumerate(greedy_edit(source, target, goal, 6), 1):
+        for row in range(7):
+            change, taken = slow_edit(source.z[row], target.z[row], source.W, goal[row], k)
+            torch.testing.assert_close(edit.change[row], change)
+            assert [i for i in edit.latents[row].tolist() if i != NONE] == taken
+
+
+def test_with_enough_latents_the_edit_is_the_difference_of_the_reconstructions():
+    generator = torch.Generator().manual_seed(1)
+    source = random_coding(generator)
+    target = Coding(random_coding(generator).z, source.W, source.b)
+    edit = greedy_edit(source, target, torch.randn(7, 5, generator=generator), 9)[-1]
+    torch.testing.assert_close(edit.change, target.x_hat - source.x_hat)
+    torch.testing.assert_close(magnitude(source, edit), torch.ones(7))
+
+
+def test_weights_sum_to_one_and_an_empty_code_has_none():
+    coding = random_coding(torch.Generator().manual_seed(2))
+    torch.testing.assert_close(weights(coding).sum(1), torch.ones(7))
+    empty = Coding(torch.zeros(2, 9), coding.W, coding.b)
+    assert not weights(empty).any()
+    with pytest.raises(ShapeError, match="coded alike"):
+        greedy_edit(coding, empty, torch.zeros(7, 5), 1)
+
+
+# -------------------------------------------------------------------------------------- predicates
+
+
+def test_f1_is_scikit_learns_and_unions_are_the_best_of_their_values():
+    generator = torch.Generator().manual_seed(3)
+    fires = torch.rand(40, 6, generator=generator) < 0.4
+    values = torch.nn.functional.one_hot(torch.randint(5, (40,), generator=generator), 5).bool()
+    table = f1(fires, values)
+    unions = best_unions(fires, values, most=3)
+    for i in range(6):
+        single = [f1_score(values[:, j], fires[:, i]) for j in range(5)]
+        assert table[i].tolist() == pytest.approx(single)
+        order = sorted(range(5), key=lambda j: -single[j])
+        united = [f1_score(values[:, order[:n]].any(1), fires[:, i]) for n in (1, 2, 3)]
+        assert float(unions[i]) == pytest.approx(max(united))
+
+
+def test_claims_of_either_sign_are_chosen_on_one_half_and_scored_on_the_other():
+    truth = torch.tensor([[True], [True], [False], [False]])
+    z = torch.tensor([[-1.0, 1.0], [-2.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    said = claims(z, signed=True)
+    assert said.shape == (4, 4) and claims(z, signed=False).shape == (4, 2)
+    best = best_claims(said, truth, said.flip(0), truth)
+    assert best.claim.tolist() == [2]  # latent 0 below zero
+    assert best.chosen.tolist() == [1] and best.score.tolist() == [0]
+
+
+def test_a_value_in_three_parts_is_counted_as_split():
+    table = torch.tensor([[True, False]] * 6 + [[False, True]] * 6)
+    fires = torch.zeros(12, 4, dtype=torch.bool)
+    for part in range(3):
+        fires[2 * part : 2 * part + 2, part] = True
+    fires[6:, 3] = True
+    found = splitting(fires, table, f1(fires, table).max(0).values)
+    assert (found.found, found.parts, found.recall) == (1.0, 2.0, 1.0)
+    none = splitting(fires[:, :0], table, torch.zeros(2))
+    assert (none.found, none.parts, none.recall) == (0.0, 0.0, 0.0)
+
+
+def test_predicates_join_values_with_those_of_one_attribute():
+    columns = [("io", "a"), ("io", "b"), ("order", "ABBA"), ("order", "BABA")]
+    table = torch.tensor([[True, False, True, False], [False, True, False, True]])
+    names, truth = predicates(columns, table, within="order")
+    assert names[4:] == [("io", "a, ABBA"), ("io", "b, ABBA"), ("io", "a, BABA"), ("io", "b, BABA")]
+    assert truth[:, 4:].tolist() == [[True, False, False, False], [False, False, False, True]]
+
+
+# ----------------------------------------------------------------------------- prompts and features
+
+
+def test_counterfactuals_differ_in_one_attribute_only():
+    tokenizer = WordTokenizer()
+    data = draw("ioi", tokenizer, 16, seed=0)
+
+    def text(prompts, row):
+        return "".join(tokenizer.to_strings(prompts.clean[row, : prompts.lengths[row]].tolist()))
+
+    for name in ("io", "subject", "order"):
+        other = counterfactual(data, name, seed=0)
+        again = counterfactual(data, name, seed=0)
+        assert torch.equal(other.clean, again.clean)
+        for row in range(len(data)):
+            now = {key: values[row] for key, values in other.attributes.items()}
+            before = {key: values[row] for key, values in data.attributes.items()}
+            assert [key for key in now if now[key] != before[key]] == [name]
+            assert (text(other, row).count(f" {now['io']}"), text(other, row).count(
+                f" {now['subject']}")) == (1, 2)  # fmt: skip
+            at_io, at_s1 = int(other.slots["io"][row]), int(other.slots["s1"][row])
+            assert (at_io < at_s1) == (now["order"] == "ABBA")
+            assert tokenizer.to_strings([int(other.clean[row, at_io])]) == [f" {now['io']}"]
+
+
+def test_features_of_balanced_attributes_are_the_same_by_both_methods():
+    table = Attributes({"a": ("0", "1"), "b": ("0", "1", "2")})
+    of = {"a": list("000111"), "b": list("012012")}
+    labels = table.table(of)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(4))
+    means, squares = (fit_features(x, labels, m) for m in ("mean_features", "least_squares"))
+    torch.testing.assert_close(means.code(labels).x_hat, squares.code(labels).x_hat)
+
+
+def test_slots_are_chosen_by_patching_the_fewest_first(model):
+    data = prompts(model)
+    section = choose_slots(model, data, SITE, share=0.9)
+    assert section.slots == ("end",) and section.moved == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ConfigError, match="together move 0%"):
+        choose_slots(model, data, SITE, slots=["io"])
+    x = vectors(model, data, SITE, ["s2", "end"])
+    same = outcome(model, data, SITE, ["s2", "end"], x)
+    torch.testing.assert_close(same.metric, outcome(model, data, SITE, ["end"]).metric)
+
+
+def test_bad_input_is_refused(model):
+    data = draw("induction", WordTokenizer(), 4, seed=0)
+    with pytest.raises(ConfigError, match="no attributes"):
+        attributes_of(data)
+    with pytest.raises(ConfigError, match="ioi: io, subject, order"):
+        counterfactual(data, "io", seed=0)
+    with pytest.raises(ConfigError, match="slot 'verb'"):
+        vectors(model, prompts(model), SITE, ["verb"])
+    fit = prompts(model, 2)
+    evaluation = SupervisedEvaluation(
+        model, SITE, fit, prompts(model), SupervisedConfig(slots=["end"], budgets=[1])
+    )
+    with pytest.raises(ArtifactError, match="width 9"):
+        list(evaluation.rows({"odd": linear_codes(0, d=9)}))
+    assert isinstance(principal_directions(torch.randn(9, 4)), Basis)

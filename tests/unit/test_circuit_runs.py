@@ -1,0 +1,171 @@
+"""Runs of circuits on the toy: what they write, find again, and refuse."""
+
+import json
+
+import circuit_prompts
+import jsonschema
+import pytest
+from rich.console import Console
+
+from saelab import artifacts, circuits_features, circuits_supervised
+from saelab.circuits.contrast import contrast_of
+from saelab.circuits.viewer import schema
+from saelab.circuits_config import (
+    FeaturesConfig,
+    SupervisedRunConfig,
+    load_features,
+    load_supervised,
+)
+from saelab.circuits_inputs import parted
+from saelab.circuits_report import circuit_tables, supervised_table
+from saelab.errors import ArtifactError, ConfigError, TaskError
+from saelab.results import read_rows
+from saelab.run_config import load_config
+
+FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, toy_model):
+    """The toy's dictionaries, and a circuit found with them."""
+    out = tmp_path_factory.mktemp("run")
+    paths = [circuit_prompts.save_dictionary(out, toy_model, site) for site in (FIRST, LAST)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(circuits_features, "draw", circuit_prompts.draw)
+        patch.setenv("SAELAB_CACHE", str(out / "cache"))
+        config = features_config(out, paths)
+        found = circuits_features.features(config)
+        assert circuits_features.features(config) == found
+    return out, paths, found
+
+
+def features_config(out, paths, **changes):
+    return FeaturesConfig.parse(
+        {
+            "name": "toy-ioi", "model": {"source": "toy"}, "dictionaries": list(paths), "out": out,
+            "task": {"name": "ioi", "pairs": 8, "test_pairs": 12, "force": True},
+            "attribution": {"method": "attribution", "batch": 6}, "graph": {"nodes": 12},
+            "curves": {"sizes": [4], "draws": 1},
+        }
+        | changes
+    )  # fmt: skip
+
+
+@pytest.fixture
+def patched(monkeypatch, tmp_path):
+    for runs in (circuits_features, circuits_supervised):
+        monkeypatch.setattr(runs, "draw", circuit_prompts.draw)
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_circuit_holds_its_graph_its_numbers_and_what_runs_it_again(made):
+    _, paths, found = made
+    circuit = circuits_features.open_circuit(found)
+    graph, manifest = circuit.graph, circuit.manifest
+    assert manifest.facts["n_nodes"] == len(graph.nodes) == 12
+    names = [artifacts.read_manifest(path).name for path in paths]
+    assert [site.dictionary for site in graph.sites] == names
+    assert all(site.content_hash for site in graph.sites)
+    assert circuit.means[LAST].f.shape == (len(graph.slots), 24)
+    assert contrast_of(circuit.prompts, slot_names=graph.slots).n_slots == len(graph.slots)
+    assert len(circuit.prompts) == len(circuit.prompts.attributes["io"]) == 12
+    rows = {(row["name"], row["arm"]): row for row in read_rows(found)}
+    assert ("faithfulness", "all latents, no errors") in rows
+    assert ("completeness", "circuit(n=4)") in rows
+    assert ("faithfulness", "pca(n=4)") in rows
+    assert {p.stage for p in manifest.parents} == {"dictionary"}
+
+
+def test_the_viewers_file_validates(made):
+    exported = json.loads((made[2] / "viewer.json").read_text())
+    jsonschema.validate(exported, schema())
+    assert exported["metadata"]["prompt"].startswith("when")
+
+
+def test_the_tables_say_what_was_found(made):
+    _, _, found = made
+    graph = circuits_features.open_circuit(found).graph
+    console = Console(width=160, record=True)
+    console.print(circuit_tables(found, graph, 3))
+    text = console.export_text()
+    assert graph.nodes[0].id in text and "ceiling" in text and "by activation" in text
+
+
+def test_discovery_and_test_share_no_prompt_and_both_have_every_template(toy_model):
+    data = circuit_prompts.draw("ioi", toy_model, 24, seed=0)
+    first, second = parted(data, 8)
+    assert len(first) == 8 and sorted([*first.tolist(), *second.tolist()]) == list(range(24))
+    assert set(data.templates[first].tolist()) == set(data.templates[second].tolist()) == {0, 1}
+
+
+def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, patched, toy_model):
+    out, paths, found = made
+    other = circuit_prompts.save_dictionary(
+        out, toy_model, FIRST, seed=5, model={"source": "toy:seed=3", "name": "toy-3"}
+    )
+    with pytest.raises(ArtifactError, match="trained on activations of toy:seed=3"):
+        circuits_features.features(features_config(out, [other]))
+    again = circuit_prompts.save_dictionary(out, toy_model, FIRST, seed=6)
+    with pytest.raises(ConfigError, match="one dictionary per site"):
+        circuits_features.features(features_config(out, [paths[0], again]))
+    with pytest.raises(ArtifactError, match="no finished dictionary"):
+        circuits_features.features(features_config(out, [out / "dictionary" / "none"]))
+    with pytest.raises(ArtifactError, match="is a circuit"):
+        circuits_features.features(features_config(out, [found]))
+    with pytest.raises(ArtifactError, match="a circuit is wanted"):
+        circuits_features.open_circuit(paths[0])
+    with pytest.raises(ConfigError, match="at least one"):
+        circuits_features.features(features_config(out, []))
+
+
+def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched, monkeypatch):
+    from unittest import mock
+
+    from saelab.circuits import examples, tasks
+
+    def as_written(*args, **kwargs):
+        with mock.patch.multiple(examples, **circuit_prompts.WORDING):
+            return tasks.draw(*args, **kwargs)
+
+    monkeypatch.setattr(circuits_features, "draw", as_written)
+    out, paths, _ = made
+    task = {"name": "ioi", "pairs": 4, "test_pairs": 4}
+    with pytest.raises(TaskError, match="cannot do the task"):
+        circuits_features.features(features_config(out, paths, task=task))
+
+
+def test_a_supervised_run_scores_every_arm(made, patched):
+    out, paths, _ = made
+    config = SupervisedRunConfig.parse(
+        {
+            "name": "toy-labels", "model": {"source": "toy"}, "out": out,
+            "dictionaries": [paths[1].parent / "toy-1-0"],
+            "task": {"name": "ioi", "fit": 160, "test": 8, "force": True},
+            "supervised": {"budgets": [2], "slots": ["end"], "batch": 32},
+            "random_decoder": {"d_sae": 48, "k": 4},
+        }
+    )  # fmt: skip
+    found = circuits_supervised.supervised(config)
+    rows = read_rows(found)
+    assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", "random decoder"}
+    values = {(row["arm"], row["name"]): row["value"] for row in rows}
+    assert values["supervised", "f1[subject]@end"] == pytest.approx(1)
+    assert 0 <= values["random decoder", "agreement[io, k=2]"] <= 1
+    console = Console(width=160, record=True)
+    console.print(supervised_table(found))
+    assert "necessity" in console.export_text()
+    two_sites = config.model_copy(update={"dictionaries": paths})
+    with pytest.raises(ConfigError, match="compared at one site"):
+        circuits_supervised.supervised(two_sites)
+
+
+def test_the_shipped_configurations_are_valid():
+    from pathlib import Path
+
+    shipped = Path(__file__).parents[2] / "experiments" / "circuits"
+    made = {f"circuits-{m.name}" for m in load_config(shipped / "dictionaries.yaml").members()}
+    features = load_features(shipped / "ioi.yaml")
+    assert len(features.dictionaries) >= 3 and features.task.name == "ioi"
+    supervised = load_supervised(shipped / "supervised.yaml")
+    assert len(supervised.dictionaries) == 4 and supervised.random_decoder is not None
+    assert {path.name for path in (*features.dictionaries, *supervised.dictionaries)} == made
