@@ -17,15 +17,18 @@ _API = (
 )  # fmt: skip
 
 
+_ELSEWHERE = {"handle": "saelab.handles", "run": "saelab.pipeline", "steer": "saelab.edits"}
+
+
 def __getattr__(name: str) -> Any:
     """Load the public functions on first use, so that `import saelab` costs nothing."""
     if name in _API:
         return getattr(importlib.import_module("saelab.api"), name)
-    if name == "run":
-        return importlib.import_module("saelab.pipeline").run
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module 'saelab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """List the public functions."""
-    return sorted([*globals(), *_API, "run"])
+    return sorted([*globals(), *_API, *_ELSEWHERE])

@@ -6,9 +6,7 @@ an artifact's draft.
 
 import functools
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from saelab import artifacts, dictionaries, models, store
 from saelab.artifacts import Draft, read_manifest
 from saelab.config import Config
+from saelab.edits.placement import Steerable
 from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
 from saelab.evals.concepts import ConceptsEvaluator
 from saelab.evals.core import CoreConfig, CoreEvaluator
@@ -30,10 +29,11 @@ from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig, harvest, store_dtype
 from saelab.harvest.online import OnlineStore
 from saelab.passes import Load
-from saelab.progress import Bar
+from saelab.progress import Bar, spinner
 from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.results import write_rows
 from saelab.stats import ResultRow
+from saelab.steering.evaluator import SteeringEvaluator
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
@@ -46,7 +46,7 @@ from saelab.train.progress import describe
 
 def load_model(
     source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
-) -> LanguageModel:
+) -> Steerable:
     """Load a language model: a named asset, `hub:org/name`, a folder, a GGUF file, or `toy`."""
     return models.load_model(source, dtype=dtype, device=device)
 
@@ -331,7 +331,9 @@ def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[
     return {"evals": inputs}
 
 
-_KINDS = (CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator)
+_KINDS = (
+    CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator, SteeringEvaluator,
+)  # fmt: skip
 _EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
 
 
@@ -363,7 +365,7 @@ def write_results(
     loaded = dictionaries.load(dictionary).to(device)
     rows: list[ResultRow] = []
     for name in evals:
-        with _spinner(f"evaluate {name}"):
+        with spinner(f"evaluate {name}"):
             rows += _evaluator(name, configs[name], site)(loaded, activations, model)
     n = write_rows(draft, rows, origin)
     return {"n_results": n, "evals": list(evals), "site": site}
@@ -391,11 +393,3 @@ def write_features(
             site=site, meta=meta,
             report=lambda step, share: bar.update(round(100 * share), f"{step}, {share:.0%}"),
         )  # fmt: skip
-
-
-@contextmanager
-def _spinner(title: str) -> Any:
-    started = time.monotonic()
-    with Bar(title, None, "") as bar:
-        yield bar
-        bar.note(f"{title}: {time.monotonic() - started:.0f} s")

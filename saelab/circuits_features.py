@@ -37,7 +37,7 @@ from saelab.circuits_inputs import (
 )
 from saelab.errors import ArtifactError, ConfigError
 from saelab.protocols import LanguageModel
-from saelab.report import read_rows
+from saelab.results import read_rows
 from saelab.stats import ResultRow
 
 log = logging.getLogger(__name__)

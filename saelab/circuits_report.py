@@ -15,7 +15,8 @@ from saelab.artifacts import read_json, read_manifest
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.graph import Graph
 from saelab.circuits_features import CEILING, read_curves
-from saelab.report import pretty, read_rows, table
+from saelab.report import pretty, table
+from saelab.results import read_rows
 
 _GROUPS = ("codes", "observational", "causal")
 _ABOUT = {

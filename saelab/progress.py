@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -63,3 +65,12 @@ class Bar:
     def note(self, text: str) -> None:
         """Leave a line in the log."""
         log.info("%s", text)
+
+
+@contextmanager
+def spinner(title: str) -> Iterator[None]:
+    """Pulse until the block ends, then log how long it took."""
+    started = time.monotonic()
+    with Bar(title, None, "") as bar:
+        yield
+        bar.note(f"{title}: {time.monotonic() - started:.0f} s")

@@ -104,6 +104,11 @@ def _label_tables(by: dict[str, list[dict[str, Any]]]) -> list[Table]:
         found.append(_by_arm("balanced accuracy of probes ↑", by["probing"], titles))
     if "concepts" in by:
         found.append(_by_arm("labels told by one latent", by["concepts"], _CONCEPT_TITLES))
+    if "steering" in by:
+        start = "steering_score("
+        names = (row["name"] for row in by["steering"] if row["name"].startswith(start))
+        titles = {name: name.removeprefix(start)[:-1] for name in names}
+        found.append(_by_arm("steering score ↑", by["steering"], titles))
     return found
 
 

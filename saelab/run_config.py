@@ -1,5 +1,6 @@
 """What a run is told: one YAML file, checked as a whole before anything starts."""
 
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from saelab.features.build import IndexConfig
 from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig
 from saelab.members import Member, expand
+from saelab.steering.evaluator import SteeringConfig
 from saelab.store.synthetic import SyntheticConfig
 from saelab.train.fit import TrainConfig
 from saelab.types import holds_neurons
@@ -31,11 +33,15 @@ class ModelConfig(Config):
     """Compute dtype; `auto` takes bfloat16 where a short probe shows that it is faster."""
 
 
+EvalName = Literal["core", "truth", "probing", "concepts", "steering"]
+
+
 class EvaluateConfig(Config):
     """Which evaluators score each dictionary."""
 
-    evals: list[Literal["core", "truth", "probing", "concepts"]] = ["core"]
-    """Evaluators by name; `truth` needs a planted store, `probing` and `concepts` need labels."""
+    evals: list[EvalName] = ["core"]
+    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts` and `steering` need
+    labels, and `steering` the model."""
     core: CoreConfig = CoreConfig()
     """Settings of the core evaluator."""
     truth: TruthConfig = TruthConfig()
@@ -44,15 +50,17 @@ class EvaluateConfig(Config):
     """Settings of the k-sparse probes."""
     concepts: ConceptsConfig = ConceptsConfig()
     """Settings of concept detection."""
+    steering: SteeringConfig = SteeringConfig()
+    """Settings of steering by concepts."""
 
     def settings(self) -> dict[str, Config]:
         """Return each evaluator's settings by its name."""
-        return {name: getattr(self, name) for name in ("core", "truth", "probing", "concepts")}
+        return {name: getattr(self, name) for name in typing.get_args(EvalName)}
 
     @property
     def need_labels(self) -> list[str]:
         """The chosen evaluators that score documents by their labels."""
-        return [name for name in self.evals if name in ("probing", "concepts")]
+        return [name for name in self.evals if name in ("probing", "concepts", "steering")]
 
 
 class RunConfig(Config):

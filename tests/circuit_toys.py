@@ -73,7 +73,7 @@ class BareModel(HookedModel):
     def _nothing(self, *_: Any) -> Any:
         raise NotImplementedError
 
-    tokenize = _copies = _read_out = _nothing
+    tokenize = to_text = _copies = _read_out = _nothing
 
 
 def linear_model() -> BareModel:

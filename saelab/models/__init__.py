@@ -2,15 +2,15 @@
 
 import torch
 
+from saelab.edits.placement import Steerable
 from saelab.models.identity import ModelIdentity, identify, resolve_device, resolve_dtype
-from saelab.protocols import LanguageModel
 
 __all__ = ["ModelIdentity", "identify", "load_model", "resolve_device", "resolve_dtype"]
 
 
 def load_model(
     source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
-) -> LanguageModel:
+) -> Steerable:
     """Load a model: a named asset, `hub:org/name`, a Hugging Face folder, a .gguf file, `toy`, or
     `handwired:induction`.
 

@@ -90,10 +90,18 @@ class HandwiredModel(HookedModel):
         """Return each token id as text, the last one as `�`."""
         return [f" {self.words[i]}" if i < len(self.words) else "�" for i in map(int, ids)]
 
+    def to_text(self, ids: Sequence[int]) -> str:
+        """Return tokens as text; there are no special ones."""
+        return "".join(self.to_strings(ids))
+
     def _forward(
-        self, tokens: Tensor, cache: Any = None, use_cache: bool = False
+        self,
+        tokens: Tensor,
+        cache: Any = None,
+        use_cache: bool = False,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        logits, seen = self._network(tokens, cache)
+        logits, seen = self._network(tokens, cache, real)
         return logits, seen if use_cache else None
 
     def _copies(self, cache: Any, times: int) -> Any:
@@ -178,10 +186,14 @@ class _Attention(nn.Module):
         self.o = nn.Linear(len(heads) * n, d, bias=False)
         self.o.weight = nn.Parameter(outs.reshape(-1, d).T.contiguous())
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor, real: Tensor | None) -> Tensor:
         q, k = x.shape[1], seen.shape[1]
         scores = torch.einsum("bqd,hde,bke->bhqk", x, self.attends, seen)
         mask = torch.ones(q, k, dtype=torch.bool, device=x.device).tril(k - q)
+        if real is not None:
+            # padding sees itself, since a softmax over nothing is NaN
+            itself = mask & ~mask.tril(k - q - 1)
+            mask = ((mask & real[:, None, :]) | itself)[:, None]
         pattern = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         z = torch.einsum("bhqk,bke,hen->bqhn", pattern, seen, self.values)
         return self.o(z.flatten(2))
@@ -192,9 +204,11 @@ class _Block(nn.Module):
         super().__init__()
         self.attn = attention
 
-    def forward(self, x: Tensor, past: Tensor | None, seen: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, past: Tensor | None, seen: list[Tensor], real: Tensor | None
+    ) -> Tensor:
         seen.append(x if past is None else torch.cat([past, x], 1))
-        return x + self.attn(x, seen[-1])
+        return x + self.attn(x, seen[-1], real)
 
 
 class _Network(nn.Module):
@@ -220,13 +234,17 @@ class _Network(nn.Module):
                 module.weight.zero_()
                 module.weight[:, blocks[block]] = torch.eye(size)
 
-    def forward(self, tokens: Tensor, cache: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, tokens: Tensor, cache: list[Tensor] | None, real: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         start = 0 if cache is None else cache[0].shape[1]
         places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if real is not None:
+            places = (real.cumsum(1) - 1).clamp(min=0)[:, start:]
         x = self.embed(tokens) + self.place(places)
         seen: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[layer], seen)
+            x = block(x, None if cache is None else cache[layer], seen, real)
         return self.unembed(x), seen
 
 

@@ -1,24 +1,24 @@
 """What every model shares: captures, edits, gradients and generation by hooks on plain modules.
 
-A model names the modules at which its sites lie (`Point`); everything else is done here. Hooks live
-for one call, under the model's lock, and go also when it fails. A hook acts only in the call that
-installed it: an edit may itself call the model, and that inner forward pass is clean.
+A model names the modules at which its sites lie (`Point`); everything else is done here, by hooks
+that live for one call (`sites`).
 """
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from functools import partial
+from typing import Any, overload
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from saelab.errors import ShapeError, SiteError, nearest
-from saelab.models.hooks import Past, Point, checked, handing_on, last_only, read, recorder, write
+from saelab.edits.placement import SiteEdits, encode_prompts, pad_of
+from saelab.errors import ShapeError, SiteError
+from saelab.models import generation
+from saelab.models.hooks import Pass, Past, Point, handing_on, last_only, linear_map, recorder
+from saelab.models.sites import Sites
 from saelab.protocols import Edit
 from saelab.types import SiteInfo, TokenRun
 
@@ -53,11 +53,7 @@ class HookedModel(ABC):
 
     def __init__(self, points: Sequence[Point], *, blocks_return_tensors: bool) -> None:
         """Take the sites' places, in forward order, and whether blocks return bare tensors."""
-        self._points = {point.site.name: point for point in points}
-        self._order = {name: place for place, name in enumerate(self._points)}
-        self._lock = threading.RLock()
-        self._call: object | None = None
-        self._blocks_return_tensors = blocks_return_tensors
+        self._sites = Sites(self.name, points, blocks_return_tensors=blocks_return_tensors)
         self._spliced: tuple[str, Tensor, Tensor] | None = None
         """The site, tokens and clean activations of the last splice."""
 
@@ -72,10 +68,21 @@ class HookedModel(ABC):
         """Return each token id as text."""
 
     @abstractmethod
+    def to_text(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, without special tokens."""
+
+    @abstractmethod
     def _forward(
-        self, tokens: Tensor, cache: Any = None, use_cache: bool = False
+        self,
+        tokens: Tensor,
+        cache: Any = None,
+        use_cache: bool = False,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """Return the logits, and the key-value cache after these tokens if one is used."""
+        """Return the logits, and the key-value cache after these tokens if one is used.
+
+        `real` says which of the cached and the new tokens are no (left) padding; None: all.
+        """
 
     @abstractmethod
     def _copies(self, cache: Any, times: int) -> Any:
@@ -89,51 +96,23 @@ class HookedModel(ABC):
 
     def sites(self) -> Sequence[SiteInfo]:
         """Return the sites that can be captured, in forward order."""
-        return [point.site for point in self._points.values()]
+        return self._sites.infos
 
     def site(self, name: str) -> SiteInfo:
         """Return one site. Raises SiteError that lists the nearest names."""
-        return self._point(name).site
+        return self._sites[name].site
 
-    def _point(self, name: str) -> Point:
-        point = self._points.get(name)
-        if point is None:
-            raise SiteError(
-                f"{self.name} has no site {name!r}; {nearest(name, list(self._points))}"
-            )
-        return point
+    def steered(
+        self, edits: SiteEdits, prompt_lengths: Int[Tensor, " batch"] | None = None
+    ) -> AbstractContextManager[None]:
+        """Let edits stand in every pass of this thread until the block ends; they nest.
 
-    # ---------------------------------------------------------------------------------------- hooks
-
-    @contextmanager
-    def _hooks(
-        self, reads: Mapping[str, Callable[[Tensor], None]], writes: Mapping[str, Edit]
-    ) -> Iterator[None]:
-        """Install hooks for one call; a site's writes come before its reads."""
-        call = object()
-        handles: list[RemovableHandle] = []
-        names = sorted(map(self._known, {*reads, *writes}), key=lambda name: self._order[name])
-        with self._lock:
-            outer, self._call = self._call, call
-            try:
-                for name in names:
-                    point = self._points[name]
-                    if name in writes:
-                        handles += write(point, self._guard(call, checked(name, writes[name])))
-                    if name in reads:
-                        handles.append(read(point, self._guard(call, reads[name])))
-                yield
-            finally:
-                self._call = outer
-                for handle in handles:
-                    handle.remove()
-
-    def _known(self, name: str) -> str:
-        return self._point(name).site.name
-
-    def _guard(self, call: object, action: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """Let a hook act only in the call that installed it, not in one made inside an edit."""
-        return lambda x: action(x) if self._call is call else None
+        Raises SiteError for an unknown site, and NonFiniteError from a pass whose logits they make
+        infinite.
+        """
+        for name in edits.sites:
+            self.site(name)
+        return self._sites.standing.holding(edits, prompt_lengths)
 
     def _placed(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Check the tokens' shape and move them to the model's device."""
@@ -171,8 +150,9 @@ class HookedModel(ABC):
             if len(kept) == wanted:
                 raise _Stop
 
-        reads = {name: _partial(keep, name) for name in sites}
-        with torch.inference_mode(), self._hooks(reads, {}), suppress(_Stop):
+        reads = {name: partial(keep, name) for name in sites}
+        now = Pass(tokens, lengths)
+        with torch.inference_mode(), self._sites.hooked(reads, {}, now), suppress(_Stop):
             self._forward(tokens)
         # copied, since tensors of inference mode could not be used where gradients are taken
         return {name: kept[name].clone() for name in sites}
@@ -186,8 +166,8 @@ class HookedModel(ABC):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return float32 logits, with each site's activations passed through its edit."""
         tokens = self._placed(tokens, lengths)
-        with self._hooks({}, edits or {}):
-            return self._forward(tokens)[0].float()
+        with self._sites.hooked({}, edits or {}, Pass(tokens, lengths)):
+            return self._sites.standing.finite(self._forward(tokens)[0])
 
     def splice(
         self,
@@ -205,31 +185,30 @@ class HookedModel(ABC):
         tokens = self._placed(tokens, lengths)
         mask = keep.to(self.device)[..., None]
         put = x_hat.to(self.device, self.dtype)
-        with self._lock:
+        with self._sites.lock:
             name, seen, clean = self._spliced or ("", tokens, None)
-            known = name == site and torch.equal(seen, tokens)
+            # edits that stand may have changed what was seen, or may change it now
+            alone = not self._sites.standing.edits
+            known = alone and name == site and torch.equal(seen, tokens)
 
             def edit(x: Tensor) -> Tensor:
                 x = clean if known and clean is not None else x
-                self._spliced = (site, tokens.clone(), x)
+                if alone:
+                    self._spliced = (site, tokens.clone(), x)
                 return torch.where(mask, put, x)
 
-            with handing_on(self._blocks_before(site) if known else ()):
+            with handing_on(self._sites.blocks_before(site) if known else ()):
                 return self.logits(tokens, {site: edit})
-
-    def _blocks_before(self, site: str) -> list[nn.Module]:
-        """Return the blocks that need not run where the site's clean activations are known."""
-        layer, name = self.site(site).layer, site.rpartition(".")[2]
-        if not self._blocks_return_tensors or layer is None or "hook_resid" not in name:
-            return []
-        layers = {"hook_resid_pre": layer, "hook_resid_post": layer + 1}.get(name, 0)
-        return [self._point(f"blocks.{i}.hook_resid_post").module for i in range(layers)]
 
     @torch.no_grad()
     def remember(self, tokens: Int[Tensor, "batch pos"]) -> Past:
-        """Return the keys and values of a prompt's beginning, for `resume`; it is not changed."""
+        """Return the keys and values of a prompt's beginning, for `resume`; it is not changed.
+
+        Raises ConfigError while edits stand, as `resume` does.
+        """
         tokens = self._placed(tokens)
-        return Past(self._forward(tokens, use_cache=True)[1], *tokens.shape)
+        with self._sites.hooked({}, {}, None):
+            return Past(self._forward(tokens, use_cache=True)[1], *tokens.shape)
 
     @torch.no_grad()
     def resume(
@@ -243,6 +222,7 @@ class HookedModel(ABC):
 
         Only blocks from `layer` on are run, and of the positions only those of `resid`; they attend
         to those of `past` before them. Each of its rows stands for equally many rows of `resid`.
+        Raises ConfigError while edits stand: there are no tokens by which to place them.
         """
         site = f"blocks.{layer}.hook_resid_pre"
         edits = dict(edits or {})
@@ -251,8 +231,8 @@ class HookedModel(ABC):
         edits[site] = lambda _: start if edit is None else edit(start)
         tokens = torch.zeros(resid.shape[:2], dtype=torch.int64, device=self.device)
         cache = None if past is None else self._copies(past.cache, len(resid) // past.rows)
-        shortened = (handing_on(self._blocks_before(site)), last_only(self._unembed))
-        with self._lock, shortened[0], shortened[1], self._hooks({}, edits):
+        shortened = (handing_on(self._sites.blocks_before(site)), last_only(self._unembed))
+        with self._sites.lock, shortened[0], shortened[1], self._sites.hooked({}, edits, None):
             return self._forward(tokens, cache, use_cache=cache is not None)[0][:, -1].float()
 
     def grad_at(
@@ -270,7 +250,7 @@ class HookedModel(ABC):
         seen: dict[str, Tensor] = {}
         edits = dict(edits or {})
         edits |= {name: recorder(name, seen, edits.get(name)) for name in sites}
-        with torch.enable_grad(), self._hooks({}, edits):
+        with torch.enable_grad(), self._sites.hooked({}, edits, Pass(tokens)):
             value = objective(self._forward(tokens)[0].float())
             grads = torch.autograd.grad(value, [seen[name] for name in sites])
         return {name: (seen[name].detach(), g) for name, g in zip(sites, grads, strict=True)}
@@ -286,7 +266,7 @@ class HookedModel(ABC):
 
         Raises SiteError if `target` does not come after `source`.
         """
-        if self._order[self._known(target)] <= self._order[self._known(source)]:
+        if self._sites.order(target) <= self._sites.order(source):
             raise SiteError(f"{target!r} should come after {source!r} in the forward pass")
         tokens = self._placed(tokens)
         seen: dict[str, Tensor] = {}
@@ -295,49 +275,81 @@ class HookedModel(ABC):
             seen[target] = x
             raise _Stop
 
-        with torch.enable_grad(), self._hooks({target: end}, {source: recorder(source, seen)}):
+        edits = {source: recorder(source, seen)}
+        with torch.enable_grad(), self._sites.hooked({target: end}, edits, Pass(tokens)):
             with suppress(_Stop):
                 self._forward(tokens)
             back = cotangent.to(self.device, self.dtype)
             return torch.autograd.grad(seen[target], seen[source], back)[0]
 
+    @overload
+    def generate(
+        self, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int, temperature: float = 0.0,
+        seed: int = 0, edits: Mapping[str, Edit] | None = None,
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> Int[Tensor, "batch total"]: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, tokens: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+        edits: Mapping[str, Edit] | None = None, lengths: None = None,
+    ) -> str: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, tokens: list[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+        edits: Mapping[str, Edit] | None = None, lengths: None = None,
+    ) -> list[str]: ...  # fmt: skip
+
     @torch.no_grad()
     def generate(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: Int[Tensor, "batch pos"] | str | list[str],
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
         edits: Mapping[str, Edit] | None = None,
-    ) -> Int[Tensor, "batch total"]:
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> Int[Tensor, "batch total"] | str | list[str]:
         """Continue each prompt with a key-value cache; edits act in every forward pass.
 
-        The first pass shows an edit the whole prompt, each later one only the new position.
-        Temperature 0 takes the likeliest token. After EOS a row is filled with EOS; the call ends
-        when all rows have, so `total` is at most pos + max_new_tokens.
+        Prompts are texts, which come back with their continuations, or tokens; of different
+        lengths, tokens are right-padded, and so is the result. The first pass shows an edit all
+        prompts, padded on the left; each later one only the new position. Temperature 0 takes the
+        likeliest token. After EOS a row is filled with EOS; the call ends when all rows have, so
+        `total` is at most pos + max_new_tokens.
         """
-        tokens = self._placed(tokens)
+        if not isinstance(tokens, Tensor):
+            texts = [tokens] if isinstance(tokens, str) else tokens
+            ids, lengths = encode_prompts(self, texts)
+            whole = self.generate(
+                ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+                edits=edits, lengths=lengths,
+            )  # fmt: skip
+            ends = (lengths + whole.shape[1] - ids.shape[1]).tolist()
+            rows = [self.to_text(row[:end]) for row, end in zip(whole.tolist(), ends, strict=True)]
+            return rows[0] if isinstance(tokens, str) else rows
+        tokens = self._placed(tokens, lengths)
         if tokens.shape[1] + max_new_tokens > self.context:
             raise ShapeError(
                 f"{tokens.shape[1]} + {max_new_tokens} positions are more than the {self.context} "
                 f"that {self.name} takes; shorten the prompt or ask for fewer tokens"
             )
-        generator = torch.Generator().manual_seed(seed)
-        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=self.device)
-        new, cache = tokens, None
-        with self._hooks({}, edits or {}):
-            for _ in range(max_new_tokens):
-                logits, cache = self._forward(new, cache, use_cache=True)
-                new = _choose(logits[:, -1].float(), temperature, generator)
-                if self.eos_id is not None:
-                    new = torch.where(ended, self.eos_id, new)
-                    ended |= new == self.eos_id
-                new = new[:, None]
-                tokens = torch.cat([tokens, new], dim=1)
-                if bool(ended.all()):
-                    break
-        return tokens
+        if lengths is not None:
+            generation.check_prompts(lengths)
+        now = Pass(tokens, generating=True)
+
+        def step(new: Tensor, cache: Any, real: Tensor | None) -> tuple[Tensor, Any]:
+            now.move_on_(new, real, after_prompt=cache is not None)
+            logits, cache = self._forward(new, cache, use_cache=True, real=real)
+            return self._sites.standing.finite(logits[:, -1]), cache
+
+        with self._sites.hooked({}, edits or {}, now):
+            return generation.continued(
+                step, tokens, lengths, generation.chooser(temperature, seed),
+                max_new_tokens=max_new_tokens, eos=self.eos_id, pad=pad_of(self),
+            )  # fmt: skip
 
     # ------------------------------------------------------------------------- directions to logits
 
@@ -369,7 +381,7 @@ class HookedModel(ABC):
         Through W_out for neurons and W_O for (flattened) heads; unchanged for sites that lie in
         the residual stream or are added to it. A norm that follows W_O or W_out is left out.
         """
-        point = self._point(site)
+        point = self._sites[site]
         if directions.shape[-1] != point.site.width:
             raise ShapeError(
                 f"directions have width {directions.shape[-1]}, but site {site!r} has width "
@@ -379,20 +391,3 @@ class HookedModel(ABC):
         if point.site.kind in ("mlp_neurons", "heads"):
             return directions @ linear_map(point.module).float()
         return directions
-
-
-def linear_map(module: nn.Module) -> Tensor:
-    """Return a linear module's matrix as (inputs, outputs), also of GPT-2's transposed layers."""
-    weight = module.get_parameter("weight")
-    return weight.T if isinstance(module, nn.Linear) else weight
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature <= 0:
-        return logits.argmax(-1)
-    chances = F.softmax(logits.cpu() / temperature, dim=-1)
-    return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-
-
-def _partial(action: Callable[[str, Tensor], None], name: str) -> Callable[[Tensor], None]:
-    return lambda x: action(name, x)

@@ -1,14 +1,17 @@
 """Reading and writing the tensor of one site, by hooks on the module where it lies."""
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from saelab.errors import ShapeError
+from saelab.edits.placement import Placement, SiteEdits
+from saelab.errors import ConfigError, NonFiniteError, ShapeError
 from saelab.protocols import Edit
 from saelab.types import SiteInfo
 
@@ -96,6 +99,12 @@ def _write_middle(point: Point, action: Callable[[Tensor], Tensor | None]) -> li
     return [read(block, note), *write(point.branch, change)]
 
 
+def linear_map(module: nn.Module) -> Tensor:
+    """Return a linear module's matrix as (inputs, outputs), also of GPT-2's transposed layers."""
+    weight = module.get_parameter("weight")
+    return weight.T if isinstance(module, nn.Linear) else weight
+
+
 @contextmanager
 def handing_on(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Let blocks only hand on their input, in a pass that replaces the stream after them anyway."""
@@ -151,3 +160,90 @@ def checked(name: str, edit: Edit) -> Edit:
         return y.to(x.dtype)
 
     return checked
+
+
+# ------------------------------------------------------------------------------ edits that stand
+
+
+@final
+class Pass:
+    """The forward pass that is running, for edits that depend on the position."""
+
+    def __init__(
+        self, tokens: Tensor, lengths: Tensor | None = None, *, generating: bool = False
+    ) -> None:
+        """Begin with whole texts; with `generating`, `move_on_` says what each pass covers."""
+        self._tokens, self._lengths = tokens, lengths
+        self._generating = generating
+        self._real: Tensor | None = None
+        self._after_prompt = False
+
+    def move_on_(self, new: Tensor, real: Tensor | None, *, after_prompt: bool) -> None:
+        """Take in the newest tokens, and which of all tokens so far are no padding."""
+        self._tokens, self._after_prompt = new, after_prompt
+        self._real = None if real is None else real[:, -new.shape[1] :]
+
+    def placement(self, prompt_lengths: Tensor | None) -> Placement:
+        """Return where the pass is; the prompt of whole texts is their first `prompt_lengths`."""
+        if not self._generating:
+            return Placement.of_texts(self._tokens, self._lengths, prompt_lengths)
+        everywhere = torch.ones_like(self._tokens, dtype=torch.bool)
+        real = everywhere if self._real is None else self._real
+        return Placement(self._tokens, real, everywhere & (not self._after_prompt))
+
+
+@final
+class Standing(threading.local):
+    """The edits that stand in a model, of each thread apart, outermost first."""
+
+    edits: tuple[tuple[SiteEdits, Tensor | None], ...] = ()
+    """Each with the lengths of the prompts in passes over whole texts."""
+
+    @contextmanager
+    def holding(self, edits: SiteEdits, prompt_lengths: Tensor | None) -> Iterator[None]:
+        """Let edits stand until the block ends."""
+        before = self.edits
+        self.edits = (*before, (edits, prompt_lengths))
+        try:
+            yield
+        finally:
+            self.edits = before
+
+    def before(self, writes: Mapping[str, Edit], now: Pass | None) -> dict[str, Edit]:
+        """Return a call's own edits with those that stand put before them.
+
+        Raises ConfigError if edits stand in a pass whose positions are unknown (`now` is None).
+        """
+        merged = dict(writes)
+        if now is None:
+            if self.edits:
+                raise ConfigError(
+                    f"a pass that goes on from remembered activations cannot place {self}; leave "
+                    "the block of `steer`, or give the pass edits of its own"
+                )
+            return merged
+        for edits, prompt_lengths in reversed(self.edits):
+            for site in edits.sites:
+                merged[site] = _then(edits, site, prompt_lengths, now, merged.get(site))
+        return merged
+
+    def finite(self, logits: Tensor) -> Tensor:
+        """Return logits as float32. Raises NonFiniteError if edits that stand overflow them."""
+        logits = logits.float()
+        if self.edits and not bool(logits.isfinite().all()):
+            raise NonFiniteError(f"logits are not finite under {self}; take a smaller strength")
+        return logits
+
+    def __str__(self) -> str:
+        """Return the edits in words."""
+        return "; ".join(str(edits) for edits, _ in self.edits)
+
+
+def _then(
+    edits: SiteEdits, site: str, prompt_lengths: Tensor | None, now: Pass, next_: Edit | None
+) -> Edit:
+    def edit(x: Tensor) -> Tensor:
+        y = edits.apply(site, x, now.placement(prompt_lengths))
+        return y if next_ is None else next_(y)
+
+    return edit

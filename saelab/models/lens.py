@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from saelab.errors import AssetError
 from saelab.models.convert import quiet_transformers
-from saelab.models.hooked import HookedModel, linear_map
-from saelab.models.hooks import Point, read
+from saelab.models.hooked import HookedModel
+from saelab.models.hooks import Point, linear_map, read
 from saelab.models.identity import DTYPES, ModelIdentity
 from saelab.types import SiteInfo, TokenRun
 
@@ -131,10 +131,25 @@ class LensModel(HookedModel):
             return token.replace("▁", " ")
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
+    def to_text(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, without special tokens."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
     def _forward(
-        self, tokens: Tensor, cache: Any = None, use_cache: bool = False
+        self,
+        tokens: Tensor,
+        cache: Any = None,
+        use_cache: bool = False,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        output = self._network(input_ids=tokens, past_key_values=cache, use_cache=use_cache)
+        padded: dict[str, Tensor] = {}
+        if real is not None:
+            places = (real.cumsum(1) - 1).clamp(min=0)
+            padded["attention_mask"] = real.long()
+            padded["position_ids"] = places[:, -tokens.shape[1] :]
+        output = self._network(
+            input_ids=tokens, past_key_values=cache, use_cache=use_cache, **padded
+        )
         return output.logits, output.past_key_values if use_cache else None
 
     def _copies(self, cache: Any, times: int) -> Any:

@@ -63,7 +63,13 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(D_MODEL, 3 * D_MODEL, bias=False)
         self.o = nn.Linear(D_MODEL, D_MODEL, bias=False)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, store: list[Any]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        store: list[Any],
+        real: Tensor | None,
+    ) -> Tensor:
         batch, pos, _ = x.shape
         heads = self.qkv(x).view(batch, pos, 3, N_HEADS, -1).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
@@ -72,6 +78,10 @@ class _Attention(nn.Module):
         store.append((k, v))
         reach = torch.ones(pos, k.shape[2], dtype=torch.bool, device=x.device)
         mask = reach.tril(k.shape[2] - pos)
+        if real is not None:
+            # padding sees itself, since a softmax over nothing is NaN
+            itself = mask & ~reach.tril(k.shape[2] - pos - 1)
+            mask = (mask & real[:, None, None, :]) | itself
         z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o(z.transpose(1, 2).reshape(batch, pos, D_MODEL))
 
@@ -94,8 +104,14 @@ class _Block(nn.Module):
         self.ln2 = nn.RMSNorm(D_MODEL)
         self.mlp = _Mlp()
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None, store: list[Any]) -> Tensor:
-        x = x + self.attn(self.ln1(x), past, store)
+    def forward(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        store: list[Any],
+        real: Tensor | None,
+    ) -> Tensor:
+        x = x + self.attn(self.ln1(x), past, store, real)
         return x + self.mlp(self.ln2(x))
 
 
@@ -122,13 +138,17 @@ class _Network(nn.Module):
             else:
                 weight.copy_(noise / weight.shape[1] ** 0.5)
 
-    def forward(self, tokens: Tensor, cache: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    def forward(
+        self, tokens: Tensor, cache: list[Any] | None, real: Tensor | None
+    ) -> tuple[Tensor, list[Any]]:
         start = 0 if cache is None else cache[0][0].shape[2]
         places = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if real is not None:
+            places = (real.cumsum(1) - 1).clamp(min=0)[:, start:]
         x = self.embed(tokens) + self.place(places)
         store: list[Any] = []
         for layer, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[layer], store)
+            x = block(x, None if cache is None else cache[layer], store, real)
         return self.unembed(self.ln_final(x)), store
 
 
@@ -166,10 +186,20 @@ class ToyModel(HookedModel):
         """Return each token id as text; a lone byte that is no character as `�`."""
         return [_STRINGS.get(i) or bytes([i - _BYTES]).decode("utf-8", "replace") for i in ids]
 
+    def to_text(self, ids: Sequence[int]) -> str:
+        """Return tokens as text, without special tokens; bytes that are no text as `�`."""
+        written = (i for i in ids if i not in self.special_ids)
+        pieces = (_STRINGS[i].encode() if i in _STRINGS else bytes([i - _BYTES]) for i in written)
+        return b"".join(pieces).decode("utf-8", "replace")
+
     def _forward(
-        self, tokens: Tensor, cache: Any = None, use_cache: bool = False
+        self,
+        tokens: Tensor,
+        cache: Any = None,
+        use_cache: bool = False,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        logits, store = self._network(tokens, cache)
+        logits, store = self._network(tokens, cache, real)
         return logits, store if use_cache else None
 
     def _copies(self, cache: Any, times: int) -> Any:

@@ -66,7 +66,7 @@ def test_an_unknown_site_is_refused_with_the_nearest_names(model, tokens):
 
 def test_capture_stops_after_the_last_site(model, tokens):
     ran = []
-    last = model._points[f"blocks.{model.n_layers - 1}.hook_resid_post"].module
+    last = model._sites[f"blocks.{model.n_layers - 1}.hook_resid_post"].module
     handle = last.register_forward_hook(lambda *_: ran.append(1))
     try:
         model.capture(tokens, ["blocks.0.hook_resid_post", "hook_embed"])
@@ -107,7 +107,7 @@ def test_repeated_splices_give_the_bits_of_a_first_one(model, tokens, name):
     x = model.capture(tokens, [site])[site]
     keep = torch.tensor([[True, False] * 3 + [True]] * 2)
     ran = []
-    handle = model._points["blocks.0.mlp.hook_post"].module.register_forward_hook(
+    handle = model._sites["blocks.0.mlp.hook_post"].module.register_forward_hook(
         lambda *_: ran.append(1)
     )
     for other in (tokens, tokens.flip(0), tokens):

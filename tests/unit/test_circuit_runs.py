@@ -19,7 +19,7 @@ from saelab.circuits_config import (
 from saelab.circuits_inputs import parted
 from saelab.circuits_report import circuit_tables, supervised_table
 from saelab.errors import ArtifactError, ConfigError, TaskError
-from saelab.report import read_rows
+from saelab.results import read_rows
 from saelab.run_config import load_config
 
 FIRST, LAST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"

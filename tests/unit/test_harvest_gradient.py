@@ -68,7 +68,7 @@ def autograd(model, ids, label, site):
         seen["x"] = x.detach().requires_grad_()
         return seen["x"]
 
-    point = model._point(site).module
+    point = model._sites[site].module
     handle = point.register_forward_hook(lambda _, __, output: hook(output))
     try:
         with torch.enable_grad():

@@ -1,0 +1,1 @@
+"""Steering measured: baselines, matched doses, and judges that read text only."""

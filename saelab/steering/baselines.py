@@ -1,0 +1,136 @@
+"""What a latent's direction has to beat: random directions of four kinds, labels, and a prompt.
+
+Each baseline is a `Handle` on unit directions at the same site, so that the same edits, doses and
+judges serve for it and for a dictionary's latents.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.edits import Directions, Handle
+from saelab.errors import ConfigError
+from saelab.probes import DIRECTIONS, Direction, mean_difference
+from saelab.protocols import LanguageModel
+
+N_RANDOM = 20
+"""Directions of each random kind, at least (measurement rules, section 4)."""
+_POOL = 3
+"""Matched latents are drawn from this many times as many nearest ones."""
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def isotropic(width: int, n: int, *, seed: int) -> Float[Tensor, "n d"]:
+    """Return unit directions, uniform over the sphere."""
+    return F.normalize(torch.randn(n, width, generator=_generator(seed)), dim=1)
+
+
+def from_covariance(x: Float[Tensor, "rows d"], n: int, *, seed: int) -> Float[Tensor, "n d"]:
+    """Return unit directions drawn from a Gaussian with the covariance of these activations.
+
+    A draw is a random weighting of the centred rows, which has their covariance exactly. Raises
+    ConfigError with fewer than two rows.
+    """
+    if len(x) < 2:
+        raise ConfigError(f"a covariance needs two activations or more, but {len(x)} came")
+    centred = (x.double() - x.double().mean(0)).cpu()
+    weights = torch.randn(n, len(x), generator=_generator(seed), dtype=torch.float64)
+    return F.normalize(weights @ centred, dim=1).float()
+
+
+def matched_latents(
+    model: LanguageModel,
+    handle: Handle,
+    latent: int,
+    density: Float[Tensor, " d_sae"],
+    n: int,
+    *,
+    seed: int,
+) -> list[int]:
+    """Return `n` random live latents like one in density and in the norm of its logit effect.
+
+    They are drawn from the 3 n nearest by the larger of the two log ratios; `density` is the share
+    of rows on which each latent fires. Raises ConfigError if the latent is dead or too few live.
+    """
+    live = (density.cpu() > 0).nonzero()[:, 0]
+    others = live[live != latent]
+    if float(density[latent]) <= 0 or len(others) < n:
+        raise ConfigError(
+            f"matching latent {latent} of {handle.name!r} (density {float(density[latent]):.2g}) "
+            f"needs it and {n} others to be live, but {len(others)} others are"
+        )
+    norms = torch.cat(
+        [
+            model.logit_effect(handle.site, rows).norm(dim=1).cpu()
+            for rows in handle.dictionary.W_dec.detach().split(256)
+        ]
+    )
+    apart = [
+        (values[others] / values[latent]).log().abs() for values in (density.cpu().float(), norms)
+    ]
+    nearest = torch.stack(apart).amax(0).argsort(stable=True)[: _POOL * n]
+    drawn = torch.randperm(len(nearest), generator=_generator(seed))[:n]
+    return sorted(others[nearest[drawn]].tolist())
+
+
+def shuffled_labels(
+    x: Float[Tensor, "documents d"], positive: Bool[Tensor, " documents"], n: int, *, seed: int
+) -> Float[Tensor, "n d"]:
+    """Return unit differences of means under `n` random permutations of the labels."""
+    generator = _generator(seed)
+    shuffled = [positive[torch.randperm(len(positive), generator=generator)] for _ in range(n)]
+    return F.normalize(mean_difference(x, torch.stack(shuffled, 1)), dim=1).float()
+
+
+def supervised(
+    x: Float[Tensor, "documents d"], positive: Bool[Tensor, " documents"], method: Direction
+) -> Float[Tensor, "1 d"]:
+    """Return the unit direction of a concept from labelled documents, one row each."""
+    both = torch.stack([positive, ~positive], 1)
+    return F.normalize(DIRECTIONS[method](x, both)[:1], dim=1).float()
+
+
+def as_handle(directions: Float[Tensor, "m d"], like: Handle, name: str) -> Handle:
+    """Return directions as latents at the site of another handle, with that site's norm."""
+    return Handle(Directions(directions), like.site, name, like.scales)
+
+
+def random_controls(
+    model: LanguageModel,
+    handle: Handle,
+    latent: int,
+    *,
+    x: Float[Tensor, "documents d"],
+    positive: Bool[Tensor, " documents"],
+    rows: Float[Tensor, "rows d"],
+    density: Float[Tensor, " d_sae"],
+    seed: int,
+    n: int = N_RANDOM,
+) -> dict[str, Handle]:
+    """Return the four random kinds for one latent, `n` directions each, by name.
+
+    `x` and `positive` are labelled documents' means, `rows` are activations of the site. Raises
+    ConfigError for fewer than 20 directions: their spread would not be known.
+    """
+    if n < N_RANDOM:
+        raise ConfigError(f"controls need {N_RANDOM} random directions or more, but {n} were asked")
+    like = matched_latents(model, handle, latent, density, n, seed=seed)
+    W = handle.dictionary.W_dec.detach()[like].cpu()
+    found = {
+        "isotropic": isotropic(rows.shape[1], n, seed=seed),
+        "covariance": from_covariance(rows, n, seed=seed),
+        "matched_latents": F.normalize(W.float(), dim=1),
+        "shuffled_labels": shuffled_labels(x, positive, n, seed=seed),
+    }
+    return {name: as_handle(rows, handle, name) for name, rows in found.items()}
+
+
+def instructed(prompts: Sequence[str], instruction: str) -> list[str]:
+    """Return prompts with an instruction before each, on its own line: steering by words."""
+    return [f"{instruction.strip()}\n{prompt}" for prompt in prompts]

@@ -1,0 +1,243 @@
+"""Arms beside each other: the same prompts, doses, seeds and judge for a latent and its controls.
+
+Each arm is some directions of one kind: one latent, or twenty random directions. At every dose
+each direction gets its own matched strength, the model continues the prompts, and a judge and
+another model's loss read what it wrote. Numbers are means over an arm's directions, per prompt, so
+that arms are compared prompt by prompt.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.edits import Handle, LatentEdit, Where, add
+from saelab.edits.placement import Steerable
+from saelab.errors import ConfigError
+from saelab.protocols import LanguageModel
+from saelab.stats import Difference, bootstrap, paired_difference
+from saelab.steering.baselines import instructed
+from saelab.steering.fluency import Band, band, fluent, steering_score
+from saelab.steering.judges import Judge
+from saelab.steering.sweep import (
+    CleanText,
+    Continuations,
+    Matched,
+    clean_text,
+    continuations,
+    dose,
+    matched_strengths,
+)
+
+EditAt = Callable[[float], Sequence[LatentEdit]]
+"""Makes the edits of one strength."""
+
+
+def adding(handle: Handle, latents: Sequence[int], *, where: Where = "all") -> list[EditAt]:
+    """Return an arm that adds each of some latents by itself."""
+
+    def one(latent: int) -> EditAt:
+        return lambda strength: [add(handle, latent, strength, where=where)]
+
+    return [one(latent) for latent in latents]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What an arm did at one dose."""
+
+    arm: str
+    target: float | None
+    """The dose asked for; None for a prompt, whose dose is not set."""
+    matched: tuple[Matched, ...]
+    """Per direction the strength; those that do not reach the dose are left out of the rest."""
+    kl_last_prompt: float | None
+    """Mean over directions of the second dose; None after the prompt, or for a prompt."""
+    judge: str
+    sums: Float[Tensor, "prompts 5"]
+    """Per prompt: judged score, unsteered score, whether both are known; fluent, and 1. Means over
+    the directions."""
+    written: tuple[Continuations, ...]
+    """Per direction that reached the dose, what the model wrote."""
+
+    @property
+    def lift(self) -> float:
+        """Mean judged score over that of unsteered text of the same prompts."""
+        return float(_lift(self._totals))
+
+    @property
+    def fluency(self) -> float:
+        """Share of fluent continuations."""
+        return float(_fluency(self._totals))
+
+    @property
+    def score(self) -> float:
+        """Harmonic mean of lift and fluency; see `fluency.steering_score`."""
+        return float(_score(self._totals))
+
+    def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
+        """Return what was done on some of the prompts; texts and doses are those of all."""
+        return replace(self, sums=self.sums[prompts])
+
+    @property
+    def _totals(self) -> Float[Tensor, "1 5"]:
+        return self.sums.sum(0, keepdim=True)
+
+    def interval(self, *, resamples: int = 1000, seed: int = 0) -> Difference:
+        """Return the score with its 95 % interval over prompts."""
+        drawn = bootstrap(self.sums, _score, resamples=resamples, seed=seed)
+        return Difference.of(self.score, drawn)
+
+    def over(self, other: "Response", *, resamples: int = 1000, seed: int = 0) -> Difference:
+        """Return this score minus another arm's, paired by prompt, with its 95 % interval."""
+        return paired_difference(self.sums, other.sums, _score, resamples=resamples, seed=seed)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best of several responses, chosen on one half of the prompts, reported on the other."""
+
+    chosen: int
+    """Its place among the candidates."""
+    reported: Response
+    """On the other half."""
+    oracle: Response
+    """The best of that other half itself: what better choosing could have gained."""
+    n_candidates: int
+    n_reached: int
+    """Candidates that reached their dose; the others have no score and are never chosen."""
+
+
+def select(candidates: Sequence[Response]) -> Selection | None:
+    """Return the response with the best score on every other prompt, scored on the rest.
+
+    None where none of them reached its dose. Raises ConfigError without a response.
+    """
+    if not candidates:
+        raise ConfigError("there is no response to choose from; give `select` one or more")
+    choosing = torch.arange(len(candidates[0].sums)) % 2 == 0
+    halves = [[one.where(half) for one in candidates] for half in (choosing, ~choosing)]
+    first, second = (
+        torch.tensor([one.score for one in half]).nan_to_num(-torch.inf) for half in halves
+    )
+    chosen, best = int(first.argmax()), int(second.argmax())
+    n_reached = int((first.isfinite() & second.isfinite()).sum())
+    if not n_reached:
+        return None
+    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates), n_reached)
+
+
+def _lift(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
+    return (totals[:, 0] - totals[:, 1]) / totals[:, 2]
+
+
+def _fluency(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
+    return totals[:, 3] / totals[:, 4]
+
+
+def _score(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
+    pairs = zip(_lift(totals).tolist(), _fluency(totals).tolist(), strict=True)
+    return torch.tensor([steering_score(*pair) for pair in pairs], dtype=torch.float64)
+
+
+@final
+class Trial:
+    """One model, one set of prompts, one judge and one way of writing, for all arms."""
+
+    def __init__(
+        self,
+        model: Steerable,
+        prompts: Sequence[str],
+        judge: Judge,
+        *,
+        fluency_model: LanguageModel | None = None,
+        max_new_tokens: int = 32,
+        temperature: float = 1.0,
+        seed: int = 0,
+        samples: int = 4,
+    ) -> None:
+        """Write unsteered continuations, `samples` per prompt for the band of fluency.
+
+        `fluency_model` should be another model; without one the steered model itself, unsteered,
+        judges losses. Raises ConfigError for fewer than 8 prompts.
+        """
+        self._model, self._prompts, self._judge = model, tuple(prompts), judge
+        self._reader = fluency_model or model
+        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+        self.text: CleanText = clean_text(model, prompts, temperature=temperature, seed=seed)
+        self.usual: Continuations = continuations(
+            model, samples * self._prompts, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed + 1,
+        )  # fmt: skip
+        self.band: Band = band(self._reader, self.usual)
+        scores = judge(self.usual.texts).double().reshape(samples, len(self._prompts))
+        self.unsteered: Float[Tensor, " prompts"] = scores.nanmean(0)
+        """Mean judged score of each prompt's unsteered continuations."""
+
+    def responses(
+        self,
+        arms: Mapping[str, Sequence[EditAt]],
+        doses: Sequence[float],
+        *,
+        largest: float,
+        sign: int = 1,
+    ) -> Iterator[Response]:
+        """Yield each arm's response at each dose it reaches; `largest` is the largest strength
+        tried."""
+        for name, directions in arms.items():
+            found = [
+                matched_strengths(
+                    self._model, edit_at, self.text, doses, largest=largest, sign=sign
+                )
+                for edit_at in directions
+            ]
+            for place, target in enumerate(doses):
+                matched = tuple(per_dose[place] for per_dose in found)
+                yield self._response(name, directions, target, matched)
+
+    def _response(
+        self,
+        name: str,
+        directions: Sequence[EditAt],
+        target: float,
+        matched: tuple[Matched, ...],
+    ) -> Response:
+        edits = [
+            edit_at(one.strength)
+            for edit_at, one in zip(directions, matched, strict=True)
+            if one.strength is not None
+        ]
+        written = tuple(self._write(self._prompts, each) for each in edits)
+        seconds = [dose(self._model, each, self.text).kl_last_prompt for each in edits]
+        known = [kl for kl in seconds if kl is not None]
+        last = sum(known) / len(known) if known else None
+        return Response(name, target, matched, last, self._judge.name, self._sums(written), written)
+
+    def prompted(self, instruction: str) -> Response:
+        """Return the response to an instruction before each prompt, without an edit."""
+        found = self._write(instructed(self._prompts, instruction), [])
+        # losses are read after the bare prompts, like everyone's
+        found = Continuations(self._prompts, found.texts)
+        return Response("prompt", None, (), None, self._judge.name, self._sums((found,)), (found,))
+
+    def _write(self, prompts: Sequence[str], edits: Sequence[LatentEdit]) -> Continuations:
+        return continuations(
+            self._model, prompts, edits, max_new_tokens=self._max_new_tokens,
+            temperature=self._temperature, seed=self._seed + 2,
+        )  # fmt: skip
+
+    def _sums(self, written: Sequence[Continuations]) -> Float[Tensor, "prompts 5"]:
+        """Return the mean over directions of what each prompt counts; NaN without a direction."""
+        rows = []
+        for one in written:
+            scores = self._judge(one.texts).double()
+            known = ~(scores.isnan() | self.unsteered.isnan())
+            fine = fluent(self._reader, one, self.band).double()
+            pair = (torch.where(known, values, 0) for values in (scores, self.unsteered))
+            rows.append(torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1))
+        if not rows:
+            return torch.full((len(self._prompts), 5), torch.nan, dtype=torch.float64)
+        return torch.stack(rows).mean(0)

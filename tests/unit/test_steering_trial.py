@@ -1,0 +1,139 @@
+"""Arms in one trial: the concept that a direction writes is found, and nothing else is."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from saelab.edits import Directions, Handle
+from saelab.errors import ConfigError
+from saelab.metrics.pooling import Pooled
+from saelab.steering.candidates import (
+    Candidate,
+    by_detection,
+    by_logit_effect,
+    concept_tokens,
+)
+from saelab.steering.judges import LexiconJudge
+from saelab.steering.trial import Response, Trial, adding, select
+
+SITE = "blocks.1.hook_resid_post"
+WORDS = ("can", "may", "will", "must", "should", "would", "could", "did")
+PROMPTS = [f"the people {word} of" for word in WORDS]
+
+
+@pytest.fixture(scope="module")
+def trial(toy_model) -> Trial:
+    judge = LexiconJudge({"good": [], "great": []}, source="two words")
+    return Trial(toy_model, PROMPTS, judge, max_new_tokens=3, samples=2)
+
+
+@pytest.fixture(scope="module")
+def towards(toy_model) -> Handle:
+    """The direction that writes the two words of the lexicon into the logits, and a fixed other."""
+    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
+    rows = toy_model._network.unembed.weight
+    concept = rows[ids].sum(0) - rows.mean(0)
+    other = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    return Handle(Directions(torch.stack([concept, other])), SITE)
+
+
+def test_the_concept_is_lifted_by_its_direction_alone(trial, towards):
+    arms = {"concept": adding(towards, [0]), "random": adding(towards, [1, 1])}
+    concept, random = trial.responses(arms, [3.0], largest=200.0)
+    assert concept.judge == "lexicon(two words)"
+    assert concept.matched[0].kl == pytest.approx(3.0, rel=0.011)
+    assert concept.kl_last_prompt > 0
+    assert concept.lift > random.lift
+    scores = trial._judge(concept.written[0].texts).double()
+    assert concept.lift == pytest.approx(float((scores - trial.unsteered).mean()))
+    # two directions that are the same count as one
+    assert torch.equal(random.sums[:, 4], torch.ones(8).double())
+    assert random.written[0] == random.written[1]
+    lead = concept.over(random)
+    assert lead.low <= lead.value <= lead.high
+    assert lead.value == pytest.approx(concept.score - random.score)
+    assert concept.over(concept).value == concept.over(concept).high == 0
+    assert concept.interval().value == concept.score
+
+
+def test_a_dose_out_of_reach_has_no_score(trial, towards):
+    (found,) = trial.responses({"concept": adding(towards, [0])}, [1e6], largest=4.0)
+    assert found.matched[0].strength is None
+    assert found.written == ()
+    assert math.isnan(found.lift)
+    assert found.kl_last_prompt is None
+
+
+def test_a_prompt_is_an_arm_without_a_dose(trial):
+    found = trial.prompted("say that all is good")
+    assert found.target is None
+    assert found.written[0].prompts == tuple(PROMPTS)
+    assert 0 <= found.fluency <= 1
+
+
+def response(scores: list[float], fluent: list[float]) -> Response:
+    sums = torch.zeros(len(scores), 5, dtype=torch.float64)
+    sums[:, 0], sums[:, 2:] = torch.tensor(scores), 1
+    sums[:, 3] = torch.tensor(fluent)
+    return Response("some", 0.1, (), None, "none", sums, ())
+
+
+def test_the_best_is_chosen_on_one_half_and_reported_on_the_other():
+    good_then_bad = response([1.0, 0.2, 1.0, 0.2], 4 * [1.0])
+    steady = response(4 * [0.5], 4 * [1.0])
+    unreached = response(4 * [math.nan], 4 * [math.nan])
+    found = select([unreached, steady, good_then_bad])
+    assert (found.chosen, found.n_candidates) == (2, 3)
+    assert found.reported.lift == pytest.approx(0.2)
+    assert found.oracle.lift == pytest.approx(0.5)
+    assert found.n_reached == 2
+    assert select([unreached]) is None
+    with pytest.raises(ConfigError, match="no response"):
+        select([])
+
+
+# --------------------------------------------------------------------------------------- candidates
+
+
+def pooled(z: Tensor) -> Pooled:
+    """Documents of one position each."""
+    return Pooled(z, -z, z)
+
+
+def test_detection_finds_the_latent_and_its_side():
+    positive = torch.arange(10) < 5
+    z = torch.rand(10, 4, generator=torch.Generator().manual_seed(0)) * 0.1
+    z[positive, 2] = -3.0
+    z[:5, 1] += torch.tensor([1.0, 1, 1, 1, 0])
+    first, second = by_detection(pooled(z), positive, 2)
+    assert first == Candidate(2, -1, 1.0)
+    assert (second.latent, second.sign) == (1, 1)
+
+
+def test_logit_effect_finds_the_direction_that_writes_the_words(toy_model, towards):
+    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
+    opposite = Handle(Directions(-towards.dictionary.W_dec), SITE)
+    for handle, sign in ((towards, 1), (opposite, -1)):
+        found = by_logit_effect(toy_model, handle, ids, 1)[0]
+        assert (found.latent, found.sign) == (0, sign)
+        effect = toy_model.logit_effect(SITE, handle.dictionary.W_dec)[0, ids].mean()
+        assert found.score == pytest.approx(sign * float(effect), rel=1e-5)
+
+
+def test_the_lexicon_is_what_only_the_concepts_documents_say(toy_model):
+    texts = [
+        "the good people",
+        "the good state",
+        "the good good life",
+        "the long day",
+        "the old day",
+    ]
+    positive = torch.tensor([True, True, True, False, False])
+    good, day, the = (int(run.ids[0]) for run in toy_model.tokenize([" good", " day", " the"]))
+    assert concept_tokens(toy_model, texts, positive, 1) == [good]
+    assert concept_tokens(toy_model, texts, ~positive, 1) == [day]
+    assert the not in concept_tokens(toy_model, texts, positive, 3)
+    with pytest.raises(ConfigError, match="with and without"):
+        concept_tokens(toy_model, texts, torch.ones(5, dtype=torch.bool))
