@@ -32,8 +32,9 @@ class Steering:
         self._sites: dict[str, list[LatentEdit]] = {}
         for edit in edits:
             self._sites.setdefault(edit.handle.site, []).append(edit)
-        patterns = {e.config.where for e in edits if isinstance(e.config.where, TokenPattern)}
-        self._tables = {p.tokens: where_in_text(model, p.tokens) for p in patterns}
+        places = [edit.config.where for edit in edits]
+        patterns = {place.tokens for place in places if isinstance(place, TokenPattern)}
+        self._tables = {pattern: where_in_text(model, pattern) for pattern in patterns}
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ def _check_contradictions(edits: Sequence[LatentEdit]) -> None:
             same = first.handle.dictionary is second.handle.dictionary
             same &= first.handle.site == second.handle.site
             shared = sorted({*a.latents} & {*b.latents}) if same else []
-            apart = {a.where, b.where} == {"prompt", "after"}
+            apart = (a.where, b.where) in (("prompt", "after"), ("after", "prompt"))
             if shared and not apart and not a.operation == b.operation == "add":
                 raise ConfigError(
                     f"two edits contradict on latents {shared}: {a}, and {b}; keep one, or give "
