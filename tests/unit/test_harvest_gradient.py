@@ -72,7 +72,7 @@ def autograd(model, ids, label, site):
     handle = point.register_forward_hook(lambda _, __, output: hook(output))
     try:
         with torch.enable_grad():
-            logits = model._network(ids.long()[None], None)[0][0]
+            logits = model._network(ids.long()[None], None, None)[0][0]
             loss = -logits.log_softmax(-1)[torch.arange(len(ids)), label][label >= 0].sum()
             loss.backward()
     finally:
@@ -101,7 +101,7 @@ def test_gradients_are_the_finite_differences_of_the_summed_loss(toy_model):
             x, grad, label = LossGradient(toy, [site], labels, 3)(ids, [window], [7])
 
             def loss(x, site=site, label=label):
-                with torch.no_grad(), toy._hooks({}, {site: lambda _: x}):
+                with torch.no_grad(), toy._sites.hooked({}, {site: lambda _: x}, None):
                     logits = toy._forward(ids)[0]
                 return F.cross_entropy(logits[0], label[0], ignore_index=-1, reduction="sum")
 
