@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from saelab_experiments import pages
 from saelab_experiments.lines import METRICS, Line, at, lines_of
 
 from saelab import api, artifacts, leaderboard
 from saelab.artifacts import Manifest
-from saelab.errors import ArtifactError, ConfigError, SaelabError
+from saelab.errors import ArtifactError, ConfigError
 from saelab.evals.encoders import OwnEncoder, PursuitEncoder
 from saelab.leaderboard import Scored
 from saelab.protocols import Encoder, Store
@@ -171,16 +172,8 @@ def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
     if given.l0 <= 0 or given.rounds < 1:
         raise ConfigError("--l0 should be above 0, and --rounds at least 1")
     text = page(given.run, given.l0, given.rounds)
-    if given.output is None:
-        say(text)
-    else:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_file(given.output, text.encode())
-        say(f"wrote {given.output}\n")
+    pages.put(text, given.output, say)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except SaelabError as error:
-        sys.exit(f"error: {error}")
+    pages.run(main)

@@ -35,10 +35,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from saelab_experiments import pages
 from saelab_experiments.lines import METRICS, Estimate, at, controls, lead, lines_of, spread_of
 
 from saelab import artifacts, leaderboard
-from saelab.errors import ArtifactError, ConfigError, SaelabError
+from saelab.errors import ArtifactError, ConfigError
 from saelab.leaderboard import Scored
 from saelab.report import pretty
 from saelab.stats import Difference
@@ -167,12 +168,7 @@ def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
             base = given.output.parent if given.output else Path()
             links.append(Path(os.path.relpath(path, base)).as_posix())
     text = page(boards, given.l0, links)
-    if given.output is None:
-        say(text)
-    else:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_file(given.output, text.encode())
-        say(f"wrote {given.output}\n")
+    pages.put(text, given.output, say)
 
 
 def _names(start: Path, boards: Sequence[Sequence[Scored]]) -> list[Path]:
@@ -189,7 +185,4 @@ def _names(start: Path, boards: Sequence[Sequence[Scored]]) -> list[Path]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except SaelabError as error:
-        sys.exit(f"error: {error}")
+    pages.run(main)

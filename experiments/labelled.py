@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelab import artifacts, leaderboard
-from saelab.errors import ArtifactError, ConfigError, SaelabError, nearest
+from saelab_experiments import pages
+
+from saelab import leaderboard
+from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.leaderboard import Scored
 from saelab.report import pretty
-from saelab.stats import Difference
 
 COLUMNS = {
     "concept_auc[max]": "concept AUC, max",
@@ -51,17 +52,6 @@ def lines_of(board: Sequence[Scored]) -> list[Line]:
     return members + [Line(arm, first, arm) for arm in SHARED if arm in arms]
 
 
-def lead(line: Line, other: Line, metric: str) -> Difference | None:
-    """Return line − other, paired by documents; None where either has no resamples."""
-    mine, theirs = (one.member.replicates(metric, one.arm) for one in (line, other))
-    if mine is None or theirs is None or len(mine) != len(theirs):
-        return None
-    rows = [one.member.row(metric, one.arm) for one in (line, other)]
-    assert rows[0] is not None
-    assert rows[1] is not None
-    return Difference.of(rows[0]["value"] - rows[1]["value"], mine - theirs)
-
-
 def table(board: Sequence[Scored], against: str) -> list[str]:
     """Return the Markdown table of a board. Raises ConfigError if no member is called so."""
     lines = lines_of(board)
@@ -86,8 +76,9 @@ def _cell(line: Line, reference: Line, metric: str) -> str:
     if row is None:
         return ""
     text = pretty(row["value"], row["standard_error"])
-    found = None if line is reference else lead(line, reference, metric)
-    if found is None:
+    arms = line.arm, reference.arm
+    found = leaderboard.gap_of(line.member, reference.member, metric, arms=arms)
+    if line is reference or found is None or not found.paired:
         return text
     return f"{text}<br>{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
@@ -125,16 +116,8 @@ def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
     parser.add_argument("--output", type=Path, help="Markdown file; printed if left out")
     given = parser.parse_args(argv)
     text = page(given.runs, given.against)
-    if given.output is None:
-        say(text)
-    else:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_file(given.output, text.encode())
-        say(f"wrote {given.output}\n")
+    pages.put(text, given.output, say)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except SaelabError as error:
-        sys.exit(f"error: {error}")
+    pages.run(main)

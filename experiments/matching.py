@@ -35,14 +35,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from saelab_experiments import subjects
+from saelab_experiments import pages, subjects
 from saelab_experiments.layer_parts import MeasureConfig, parts_of
 from saelab_experiments.subjects import DamageArm, FamilyArm, KnownArm, Subject
 from torch import Tensor
 
 from saelab import artifacts
 from saelab.config import Config, digest, load_yaml
-from saelab.errors import ConfigError, CorpusError, SaelabError, nearest
+from saelab.errors import ConfigError, CorpusError, nearest
 from saelab.evals.layers import accuracy, depth_order, layer_error
 from saelab.harvest.sources import Request, records
 
@@ -348,7 +348,4 @@ def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main(sys.argv[1:])
-    except SaelabError as error:
-        sys.exit(f"error: {error}")
+    pages.run(main)

@@ -17,8 +17,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from saelab_experiments import pages
+
 from saelab import api, artifacts
-from saelab.errors import ArtifactError, ConfigError, SaelabError
+from saelab.errors import ArtifactError, ConfigError
 from saelab.features import relations
 from saelab.features.read import Features
 from saelab.features.relations import TreeNode
@@ -130,7 +132,4 @@ def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except SaelabError as error:
-        sys.exit(f"error: {error}")
+    pages.run(main)

@@ -309,13 +309,19 @@ class Gap:
     """Whether both were resampled with the same documents."""
 
 
-def gap_of(one: Scored, other: Scored, metric: str) -> Gap | None:
-    """Return one − other with its 95 % interval; None where not measured."""
-    a, b = one.row(metric), other.row(metric)
+def gap_of(
+    one: Scored,
+    other: Scored,
+    metric: str,
+    *,
+    arms: tuple[str, str] = ("dictionary", "dictionary"),
+) -> Gap | None:
+    """Return one − other with its 95 % interval, of an arm of each; None where not measured."""
+    a, b = one.row(metric, arms[0]), other.row(metric, arms[1])
     if a is None or b is None:
         return None
     value = a["value"] - b["value"]
-    mine, theirs = one.replicates(metric), other.replicates(metric)
+    mine, theirs = one.replicates(metric, arms[0]), other.replicates(metric, arms[1])
     if mine is not None and theirs is not None and len(mine) == len(theirs):
         found = Difference.of(value, mine - theirs)
         return Gap(value, found.low, found.high, paired=True)
