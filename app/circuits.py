@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab import artifacts
+from saelab.circuit_runs.features import Circuit
 from saelab.circuits.ablation import circuit_metric
 from saelab.circuits.contrast import clean_metric, contrast_of
 from saelab.circuits.graph import Edge, Graph, Node
 from saelab.circuits.nodes import every
-from saelab.circuits_features import Circuit
 from saelab.protocols import Dictionary, LanguageModel
 from saelab_app.library import Entry
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from saelab.circuits_run import HeadsRun
+from saelab.circuit_runs.heads import HeadsRun
 from saelab.config import Config
 from saelab.dictionaries import REGISTRY, config_class
 from saelab.members import MemberTraining

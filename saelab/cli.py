@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from saelab import circuits_cli
+from saelab.circuit_runs import cli as circuits_cli
 from saelab.errors import SaelabError
 
 app = typer.Typer(

@@ -6,8 +6,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from saelab.circuit_runs.features import CurvePoint
 from saelab.circuits.graph import METRIC, Edge, Graph, Node
-from saelab.circuits_features import CurvePoint
 
 HELPS, HINDERS, OFF, PICKED = "#0f9687", "#d66014", "#8a94a3", "#5269e0"
 ROW = 6

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import streamlit as st
 
+from saelab.circuit_runs.features import Circuit, open_circuit, read_curves
 from saelab.circuits.graph import METRIC, Graph, Node
-from saelab.circuits_features import Circuit, open_circuit, read_curves
 from saelab.errors import SaelabError
 from saelab_app import circuits, state
 from saelab_app.components import charts, graph, numbers, pieces

@@ -8,8 +8,9 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 from test_app import CHROMIUM, no_exception, open_page, served  # noqa: F401 (a fixture)
 
-from saelab import artifacts, circuits_features
-from saelab.circuits_config import FeaturesConfig
+from saelab import artifacts
+from saelab.circuit_runs import features as circuits_features
+from saelab.circuit_runs.config import FeaturesConfig
 from saelab.dictionaries import load
 from saelab_app import circuits, library, serve, state
 

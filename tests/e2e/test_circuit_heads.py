@@ -7,7 +7,9 @@ import yaml
 from fabricated import artifact
 from typer.testing import CliRunner
 
-from saelab import artifacts, circuits_api, circuits_run
+from saelab import artifacts
+from saelab.circuit_runs import api as circuits_api
+from saelab.circuit_runs import heads as circuits_run
 from saelab.circuits import ability
 from saelab.cli import app
 from saelab.errors import ConfigError, TaskError

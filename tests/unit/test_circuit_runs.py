@@ -7,17 +7,19 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from saelab import artifacts, circuits_features, circuits_supervised
-from saelab.circuits.contrast import contrast_of
-from saelab.circuits.viewer import schema
-from saelab.circuits_config import (
+from saelab import artifacts
+from saelab.circuit_runs import features as circuits_features
+from saelab.circuit_runs import supervised as circuits_supervised
+from saelab.circuit_runs.config import (
     FeaturesConfig,
     SupervisedRunConfig,
     load_features,
     load_supervised,
 )
-from saelab.circuits_inputs import parted
-from saelab.circuits_report import circuit_tables, supervised_table
+from saelab.circuit_runs.inputs import parted
+from saelab.circuit_runs.report import circuit_tables, supervised_table
+from saelab.circuits.contrast import contrast_of
+from saelab.circuits.viewer import schema
 from saelab.errors import ArtifactError, ConfigError, TaskError
 from saelab.results import read_rows
 from saelab.run_config import load_config

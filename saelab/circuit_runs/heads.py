@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from saelab import artifacts, assets, circuits_api
+from saelab import artifacts, assets
+from saelab.circuit_runs import api as circuits_api
 from saelab.circuits.heads import CodesConfig, EffectsConfig
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig

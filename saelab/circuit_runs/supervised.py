@@ -12,13 +12,8 @@ import torch
 
 from saelab import dictionaries
 from saelab.artifacts import Draft, Manifest, canonical_line
-from saelab.circuits import examples
-from saelab.circuits.ability import require_able, score
-from saelab.circuits.supervised import SupervisedEvaluation
-from saelab.circuits.tasks import TaskData, draw
-from saelab.circuits.vectors import vectors
-from saelab.circuits_config import RandomDecoderConfig, SupervisedRunConfig
-from saelab.circuits_inputs import (
+from saelab.circuit_runs.config import RandomDecoderConfig, SupervisedRunConfig
+from saelab.circuit_runs.inputs import (
     chosen_dictionaries,
     find_or_make,
     load_dictionary,
@@ -26,6 +21,11 @@ from saelab.circuits_inputs import (
     open_model,
     parted,
 )
+from saelab.circuits import examples
+from saelab.circuits.ability import require_able, score
+from saelab.circuits.supervised import SupervisedEvaluation
+from saelab.circuits.tasks import TaskData, draw
+from saelab.circuits.vectors import vectors
 from saelab.errors import ConfigError
 from saelab.protocols import Dictionary, GradientTrained, LanguageModel
 

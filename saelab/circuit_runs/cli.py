@@ -24,7 +24,8 @@ def tasks(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Print how well a model does each task."""
-    from saelab import circuits_api, circuits_report
+    from saelab.circuit_runs import api as circuits_api
+    from saelab.circuit_runs import report as circuits_report
     from saelab.circuits.tasks import TASKS
     from saelab.models import resolve_device
 
@@ -40,7 +41,8 @@ def heads(
     wait: Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")] = 0.0,
 ) -> None:
     """Score heads by discrete codes, and hold the scores against patching."""
-    from saelab import circuits_report, circuits_run
+    from saelab.circuit_runs import heads as circuits_run
+    from saelab.circuit_runs import report as circuits_report
 
     made = circuits_run.Heads(circuits_run.load_heads(config, overrides or []), wait=wait)
     console = _console()
@@ -60,7 +62,9 @@ def features(
     wait: Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")] = 0.0,
 ) -> None:
     """Find the latents and errors that carry a task, how faithful they are, and their graph."""
-    from saelab import circuits_config, circuits_features, circuits_report
+    from saelab.circuit_runs import config as circuits_config
+    from saelab.circuit_runs import features as circuits_features
+    from saelab.circuit_runs import report as circuits_report
 
     settings = circuits_config.load_features(config, overrides or [])
     made = circuits_features.features(settings, wait=wait)
@@ -76,7 +80,9 @@ def supervised(
     wait: Annotated[float, typer.Option(help="Seconds to wait for another run's lock.")] = 0.0,
 ) -> None:
     """Hold dictionaries against what labels see: reconstructions, sparse edits, F1."""
-    from saelab import circuits_config, circuits_report, circuits_supervised
+    from saelab.circuit_runs import config as circuits_config
+    from saelab.circuit_runs import report as circuits_report
+    from saelab.circuit_runs import supervised as circuits_supervised
 
     settings = circuits_config.load_supervised(config, overrides or [])
     made = circuits_supervised.supervised(settings, wait=wait)

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.artifacts import read_json, read_manifest
+from saelab.circuit_runs.features import CEILING, read_curves
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.graph import Graph
-from saelab.circuits_features import CEILING, read_curves
 from saelab.report import pretty, table
 from saelab.results import read_rows
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saelab import api, artifacts, assets, dictionaries
 from saelab.artifacts import Manifest
+from saelab.circuit_runs.config import CircuitConfig
 from saelab.circuits.tasks import TaskData
-from saelab.circuits_config import CircuitConfig
 from saelab.config import Config
 from saelab.errors import ArtifactError, ConfigError
 from saelab.models import resolve_device

@@ -15,6 +15,15 @@ from torch import Tensor
 
 from saelab import artifacts
 from saelab.artifacts import Draft, Manifest, canonical_line
+from saelab.circuit_runs.config import FeaturesConfig
+from saelab.circuit_runs.inputs import (
+    chosen_dictionaries,
+    find_or_make,
+    load_dictionary,
+    numbers,
+    open_model,
+    parted,
+)
 from saelab.circuits import curves as curves_of
 from saelab.circuits import examples
 from saelab.circuits.ability import TaskScore, require_able, score
@@ -26,15 +35,6 @@ from saelab.circuits.edges import check_budget
 from saelab.circuits.graph import Graph, build, positions, read_graph
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
-from saelab.circuits_config import FeaturesConfig
-from saelab.circuits_inputs import (
-    chosen_dictionaries,
-    find_or_make,
-    load_dictionary,
-    numbers,
-    open_model,
-    parted,
-)
 from saelab.errors import ArtifactError, ConfigError
 from saelab.protocols import LanguageModel
 from saelab.results import read_rows

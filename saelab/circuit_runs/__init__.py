@@ -1,0 +1,1 @@
+"""The commands of `saelab circuits`: what they are told, make as artifacts, and print."""
