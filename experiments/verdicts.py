@@ -8,8 +8,9 @@ without, the members' own seeds are the units. What is there already is not made
 
 A claim compares two references `run/member` or `run/member:arm`, or one with a fixed number,
 unit by unit; a member is called as in its run, without its seed. The interval is a bootstrap over
-the units; the documents enter by each score's own standard error, taken as if the two scores were
-independent, which is an upper bound.
+the units and, in the same draw, the held-out documents: both sides are resampled with the same ones
+where results keep resamples. Where they do not, documents enter by each score's standard error, as
+if the two scores were independent, which is an upper bound.
 """
 
 import json
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saelab import api, artifacts, pipeline
 from saelab.config import Config, load_yaml
 from saelab.errors import ConfigError, nearest
-from saelab.results import read_rows
+from saelab.results import read_replicates, read_rows
 from saelab.run_config import RunConfig, load_config
 from saelab.stats import benjamini_hochberg
 
@@ -84,6 +87,13 @@ class Score:
 
     value: float
     error: float
+    """Standard error over documents."""
+    replicates: Float[Tensor, " resamples"] | None = None
+    """The metric on each resample of the documents, if the results keep them."""
+
+
+Noise = Tensor | float
+"""What documents add to a difference: resamples about its value, or their standard deviation."""
 
 
 Scores = dict[tuple[str, str], dict[int, Score]]
@@ -109,7 +119,8 @@ def gather(folder: Path, claims: Claims, only: list[str], out: Path) -> Scores:
                 units = scores.setdefault((reference, row["name"]), {})
                 if unit in units:
                     raise ConfigError(f"{spec.config}: two members {label!r} with seed {unit}")
-                units[unit] = Score(row["value"], row["standard_error"] or 0.0)
+                error = row["standard_error"] or 0.0
+                units[unit] = Score(row["value"], error, row.get("replicates"))
     return scores
 
 
@@ -129,7 +140,8 @@ def _rows(config: RunConfig, spec: RunOf, world: int | None) -> Any:
         rows = read_rows(step.path)
         once = {(row["arm"], row["name"]): row for row in reversed(rows)}  # core's, if both have it
         for row in once.values():
-            yield label, unit, row
+            drawn = read_replicates(step.path, row["evaluator"], row["arm"], row["name"])
+            yield label, unit, row | {"replicates": drawn}
         if label in spec.sign_tied:
             store = next(s.path for s in steps if s.stage == "store")
             for row in _sign_tied(path, store, config):
@@ -157,7 +169,7 @@ def _sign_tied(path: Path, store: Path, config: RunConfig) -> list[dict[str, Any
     mine["b_dec"].copy_(tensors["b_dec"])
     assert config.evaluate is not None
     rows = api.evaluate_truth(both, api.open_store(store), config=config.evaluate.truth)
-    return [row.plain() for row in rows if row.arm == "dictionary"]
+    return [row.plain() | {"replicates": row.replicates} for row in rows if row.arm == "dictionary"]
 
 
 def _arm(arm: str) -> str:
@@ -208,12 +220,12 @@ def judge(claim: Claim, scores: Scores, *, planted: bool) -> Verdict:
         passes = find(scores, claim.first, claim.where)
         counted = [u for u in units if passes[u].value == 1]
     sign = 1 if claim.direction == "higher" else -1
-    differences, errors = [], []
+    differences, noise = [], []
     for unit in counted:
         other = Score(float(claim.second), 0.0) if fixed else second[unit]
         differences.append(sign * (first[unit].value - other.value))
-        errors.append((first[unit].error ** 2 + other.error**2) ** 0.5)
-    interval = _interval(differences, errors, planted)
+        noise.append(_noise(first[unit], other, sign, differences[-1]))
+    interval = _interval(differences, noise, planted)
     return Verdict(
         claim, differences, interval, _p(differences), len(units) - len(counted), planted
     )
@@ -228,21 +240,38 @@ def find(scores: Scores, reference: str, metric: str) -> dict[int, Score]:
     return scores[key]
 
 
-def _interval(d: list[float], errors: list[float], planted: bool) -> tuple[float, float]:
+def _noise(first: Score, second: Score, sign: int, difference: float) -> Noise:
+    """Return what the documents add to a unit's difference, both sides with the same ones."""
+    a, b = first.replicates, second.replicates
+    if a is not None and b is not None and len(a) == len(b):
+        return sign * (a - b) - difference
+    return (first.error**2 + second.error**2) ** 0.5
+
+
+def _interval(d: list[float], noise: list[Noise], planted: bool) -> tuple[float, float]:
     """Return the 95 % interval of the mean difference, over units and documents.
 
-    Planted worlds have documents of their own; units on one store share theirs, and their error.
+    Planted worlds have documents of their own; units on one store share theirs, and their draw.
     """
     if len(d) < 2:
         return float("nan"), float("nan")
     seeded = torch.Generator().manual_seed(0)
-    values, spread = torch.tensor(d, dtype=torch.float64), torch.tensor(errors).double()
-    drawn = torch.randint(len(d), (RESAMPLES, len(d)), generator=seeded)
-    width = len(d) if planted else 1
-    noise = torch.randn(RESAMPLES, width, generator=seeded, dtype=torch.float64)
-    means = (values[drawn] + noise * spread[drawn]).mean(1)
+    values, n = torch.tensor(d, dtype=torch.float64), len(d)
+    units = torch.randint(n, (RESAMPLES, n), generator=seeded)
+    table = _table(noise, seeded)
+    width = n if planted else 1
+    documents = torch.randint(table.shape[1], (RESAMPLES, width), generator=seeded)
+    means = (values[units] + table[units, documents]).mean(1)
     ends = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(ends[0]), float(ends[1])
+
+
+def _table(noise: list[Noise], seeded: torch.Generator) -> Float[Tensor, "units draws"]:
+    """Return every unit's noise in the same draws of documents."""
+    lengths = [len(one) for one in noise if isinstance(one, Tensor)]
+    normal = torch.randn(min(lengths, default=RESAMPLES), generator=seeded, dtype=torch.float64)
+    drawn = [one[: len(normal)] if isinstance(one, Tensor) else one * normal for one in noise]
+    return torch.stack(drawn)
 
 
 def _p(differences: list[float]) -> float:

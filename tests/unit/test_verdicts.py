@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from saelab_experiments import verdicts
 from saelab_experiments.verdicts import Claim, Claims, RunOf, Score, judge
 
@@ -60,6 +61,26 @@ def test_units_of_one_store_share_the_error_of_its_documents():
     shared, apart = (judge(claim(), scores, planted=p).interval for p in (False, True))
     assert shared[1] - shared[0] == pytest.approx(2 * 1.96 * 0.01 * 2**0.5, rel=0.05)
     assert apart[1] - apart[0] == pytest.approx((shared[1] - shared[0]) / 2, rel=0.05)
+
+
+def test_documents_that_both_sides_share_cancel():
+    drawn = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def side(value: float, own: float) -> dict[int, Score]:
+        return {i: Score(value, 1.0, value + drawn + own * drawn.flip(0)) for i in range(3)}
+
+    scores = {
+        ("run/a:dictionary", "fvu"): side(0.1, 0.0),
+        ("run/b:dictionary", "fvu"): side(0.2, 0.0),
+    }
+    found = judge(claim(), scores, planted=False)
+    assert found.word == "supported"
+    assert found.interval == pytest.approx((0.1, 0.1))
+    scores["run/b:dictionary", "fvu"] = side(0.2, 0.02)  # what they do not share stays
+    low, high = judge(claim(), scores, planted=False).interval
+    assert high - low == pytest.approx(2 * 1.96 * 0.02, rel=0.15)
+    scores["run/b:dictionary", "fvu"] = {i: Score(0.2, 1.0) for i in range(3)}  # nothing kept
+    assert judge(claim(), scores, planted=False).word == "undecided"
 
 
 def test_few_runs_decide_nothing_and_runs_may_be_left_out():
