@@ -70,6 +70,16 @@ def checked_site(dictionary: Dictionary, store: Store, site: str | None) -> str:
     return site
 
 
+def rows_of(
+    store: Store, site: str, split: Split, documents: Int[Tensor, " n"], *, batch: int
+) -> Iterator[tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"]]]:
+    """Yield the kept rows of some documents in order, and the number of each one's document."""
+    for rows in store.scan(site, batch=batch, split=split):
+        mine = torch.isin(rows.documents, documents)
+        if bool(mine.any()):
+            yield rows.x[mine], rows.documents[mine]
+
+
 @torch.no_grad()
 def pool(
     store: Store,
@@ -83,11 +93,7 @@ def pool(
     """Return each scorer's pooled scores, and which documents have a kept row: only those."""
     pools = {name: Pooling(documents, scorer.width) for name, scorer in scorers.items()}
     counted = Pooling(documents, 1)
-    for rows in store.scan(site, batch=batch, split=split):
-        mine = torch.isin(rows.documents, documents)
-        x, of = rows.x[mine], rows.documents[mine]
-        if not len(x):
-            continue
+    for x, of in rows_of(store, site, split, documents, batch=batch):
         counted.update(x[:, :1], of)
         for name, scorer in scorers.items():
             pools[name].update(scorer.scores(x), of)
