@@ -127,6 +127,11 @@ class Measured:
         """The mean over labels, as if it were a label."""
         return Measured(self.values.mean()[None], self.replicates.nanmean(1, keepdim=True))
 
+    def split(self, width: int) -> list["Measured"]:
+        """Return the metrics of so many labels each that stand in it side by side."""
+        parts = zip(self.values.split(width), self.replicates.split(width, 1), strict=True)
+        return [Measured(*part) for part in parts]
+
     def minus(self, other: "Measured") -> "Measured":
         """Return the paired difference from another arm's."""
         return Measured(self.values - other.values, self.replicates - other.replicates)

@@ -326,20 +326,15 @@ class ScrEvaluator:
         n, groups = len(ground.scores), ground.groups
         table = torch.stack([ground.before, ground.clean], 1)
         found = self._measure(lambda w: group_accuracies(table, groups, w).flatten(1), n)
-        pairs = len(ground.pairs)
-        before, clean = (
-            Measured(values, drawn)
-            for values, drawn in zip(
-                found.values.split(pairs), found.replicates.split(pairs, 1), strict=True
-            )
-        )
+        before, clean = found.split(len(ground.pairs))
         for metric, measured in (("scr_before", before), ("scr_clean", clean)):
             naming = self._naming(metric, "", "accuracy", PROBE)
             yield from label_rows(naming, measured, ground.names, n)
         small = (clean.values - before.values < LEAST_GAP).tolist()
-        yield self._plain("scr_without_gap", sum(small) / pairs, "share of pairs", n, PROBE)
+        yield self._plain("scr_without_gap", sum(small) / len(small), "share of pairs", n, PROBE)
         for pair in ground.pairs:
-            yield self._plain(f"scr_tested({pair.name})", pair.tested + 1, "attribute", n, PROBE)
+            tested = float(1 + pair.tested)
+            yield self._plain(f"scr_tested({pair.name})", tested, "attribute", n, PROBE)
         for outcome in (*own, *others):
             yield from self._scores(ground, outcome, small)
         mine = {outcome.n: outcome.score for outcome in own}
@@ -364,9 +359,8 @@ class ScrEvaluator:
 
     def _plain(self, name: str, value: float, unit: str, n: int, arm: str) -> ResultRow:
         """Return a row without an error bar."""
-        return ResultRow(
-            name, float(value), unit, n, None, self.version, arm, encoder_of(arm), self.name
-        )
+        encoder = encoder_of(arm)
+        return ResultRow(name, value, unit, n, None, self.version, arm, encoder, self.name)
 
     def _naming(self, metric: str, suffix: str, unit: str, arm: str) -> Naming:
         return Naming(metric, suffix, unit, arm, encoder_of(arm), self.name, self.version)

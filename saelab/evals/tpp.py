@@ -248,10 +248,7 @@ class TppEvaluator:
             return torch.cat([own - others, own, others], 1)
 
         found = self._measure(statistic, len(right))
-        parts = zip(
-            found.values.split(n_classes), found.replicates.split(n_classes, 1), strict=True
-        )
-        return dict(zip(METRICS, (Measured(*part) for part in parts), strict=True))
+        return dict(zip(METRICS, found.split(n_classes), strict=True))
 
     def _measure(self, statistic, n: int) -> Measured:
         return measure(statistic, n, resamples=self.config.resamples, seed=self.config.seed)
