@@ -71,11 +71,26 @@ def checked_site(dictionary: Dictionary, store: Store, site: str | None) -> str:
 
 
 def rows_of(
-    store: Store, site: str, split: Split, documents: Int[Tensor, " n"], *, batch: int
+    store: Store,
+    site: str,
+    split: Split,
+    documents: Int[Tensor, " n"],
+    *,
+    batch: int,
+    first: int | None = None,
 ) -> Iterator[tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"]]]:
-    """Yield the kept rows of some documents in order, and the number of each one's document."""
+    """Yield the kept rows of some documents in order, of each its `first` ones or all, and the
+    number of each row's document."""
+    before = torch.zeros(len(documents), dtype=torch.int64)
     for rows in store.scan(site, batch=batch, split=split):
         mine = torch.isin(rows.documents, documents)
+        if first is not None:
+            places = torch.searchsorted(documents, rows.documents[mine])
+            _, counts = torch.unique_consecutive(places, return_counts=True)
+            starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            number = before[places] + torch.arange(len(places)) - starts
+            before += torch.bincount(places, minlength=len(before))
+            mine[mine.clone()] = number < first
         if bool(mine.any()):
             yield rows.x[mine], rows.documents[mine]
 

@@ -56,6 +56,8 @@ class AblationConfig(Config):
     """Documents of each split, at most."""
     per_label: Annotated[int, Field(ge=2)] = 10
     """Labels with fewer documents in a split are left out and counted."""
+    rows: PositiveInt | None = None
+    """Rows of each document, at most: its first ones. By default all."""
     strength: PositiveFloat = 1.0
     """C of the logistic regression: 1 / weight of the squared norm, columns standardised."""
     draws: PositiveInt = 20
@@ -133,19 +135,23 @@ def basis(directions: Float[Tensor, "d d"], origin: Float[Tensor, " d"]) -> Code
     return Coder(W, lambda x: (x.float() - b) @ W.T)
 
 
-def bases(store: Store, site: str, *, batch: int, seed: int) -> dict[str, Coder]:
+def bases(store: Store, site: str, config: AblationConfig) -> dict[str, Coder]:
     """Return what a dictionary stands beside, each about the mean of the training rows: the
     coordinates, the principal directions, and a random rotation of the coordinates."""
     mean, d = store.stats(site).mean, store.width(site)
-    pca = fit_pca(store, site, rows=_PCA_ROWS, batch=batch, seed=seed)
-    gaussian = torch.randn(d, d, generator=generator(seed, _STREAM), dtype=torch.float64)
+    pca = fit_pca(store, site, rows=_PCA_ROWS, batch=config.batch, seed=config.seed)
+    gaussian = torch.randn(d, d, generator=generator(config.seed, _STREAM), dtype=torch.float64)
     found = {RAW: torch.eye(d), PCA: pca.basis.T, RANDOM: torch.linalg.qr(gaussian).Q.T}
     return {name: basis(directions, mean) for name, directions in found.items()}
 
 
 @torch.no_grad()
 def pooled_halves(
-    store: Store, site: str, labelled: Labelled, coders: Mapping[str, Coder], *, batch: int
+    store: Store,
+    site: str,
+    labelled: Labelled,
+    coders: Mapping[str, Coder],
+    config: AblationConfig,
 ) -> tuple[dict[str, Halves], Part, Part]:
     """Return each arm's halves over the training and held-out documents that keep a row, and
     these. Raises CorpusError if a label is left with none."""
@@ -155,7 +161,9 @@ def pooled_halves(
     for name, split in splits.items():
         part = labelled.parts[name]
         pools = {a: HalfPooling(part.documents, len(c.directions)) for a, c in coders.items()}
-        for x, of in rows_of(store, site, split, part.documents, batch=batch):
+        for x, of in rows_of(
+            store, site, split, part.documents, batch=config.batch, first=config.rows
+        ):
             for arm, coder in coders.items():
                 pools[arm].update(coder.codes(x), of)
         seen = next(iter(pools.values())).seen
@@ -166,11 +174,11 @@ def pooled_halves(
 
 
 def scene_of(
-    store: Store, site: str, labelled: Labelled, *, batch: int, seed: int
+    store: Store, site: str, labelled: Labelled, config: AblationConfig
 ) -> tuple[Scene, dict[str, Halves]]:
     """Return the documents' mean activations, and the halves of every basis, from one pass."""
-    coders = bases(store, site, batch=batch, seed=seed)
-    halves, train, test = pooled_halves(store, site, labelled, coders, batch=batch)
+    coders = bases(store, site, config)
+    halves, train, test = pooled_halves(store, site, labelled, coders, config)
     d, mean = store.width(site), store.stats(site).mean.double()
     raw = halves[RAW]
     x_train, x_test = (

@@ -188,7 +188,7 @@ class ScrEvaluator:
         check_dictionary(dictionary, self.config.ns, self.name)
         ground, shared = self._grounded(store, site)
         labelled, coders = ground.scene.labelled, {OWN: coder_of(dictionary)}
-        halves, *_ = pooled_halves(store, site, labelled, coders, batch=self.config.batch)
+        halves, *_ = pooled_halves(store, site, labelled, coders, self.config)
         own = list(self._ablations(ground, OWN, halves[OWN]))
         others = [*self._ablations(ground, LATENTS, halves[OWN]), *shared]
         yield from count_rows(labelled, self.name, self.version)
@@ -202,7 +202,7 @@ class ScrEvaluator:
         if self._kept is None or self._kept[0] != key:
             config = self.config
             labelled, attributes = self._labelled(store)
-            scene, bases = scene_of(store, site, labelled, batch=config.batch, seed=config.seed)
+            scene, bases = scene_of(store, site, labelled, config)
             pairs = tuple(self._pair(scene, attributes, pair) for pair in attributes.pairs)
             scores = [pair.spurious.scores(scene.x_test) for pair in pairs]
             clean = [(p.clean[p.tested].scores(scene.x_test) > 0) == p.truth for p in pairs]

@@ -141,12 +141,11 @@ class TppEvaluator:
         """
         site = checked_site(dictionary, store, self.site)
         check_dictionary(dictionary, self.config.ns, self.name)
-        ground, others = self._grounded(store, site)
-        coders = {OWN: coder_of(dictionary)}
-        labelled, batch = ground.scene.labelled, self.config.batch
-        halves = pooled_halves(store, site, labelled, coders, batch=batch)[0][OWN]
-        own = list(self._ablations(ground, OWN, halves))
-        others = [*self._ablations(ground, LATENTS, halves), *others]
+        ground, shared = self._grounded(store, site)
+        labelled, coders = ground.scene.labelled, {OWN: coder_of(dictionary)}
+        halves, *_ = pooled_halves(store, site, labelled, coders, self.config)
+        own = list(self._ablations(ground, OWN, halves[OWN]))
+        others = [*self._ablations(ground, LATENTS, halves[OWN]), *shared]
         yield from count_rows(labelled, self.name, self.version)
         yield from self._probes(ground)
         for outcome in (*own, *others):
@@ -160,9 +159,7 @@ class TppEvaluator:
         key = (store.content_hash, site)
         if self._kept is None or self._kept[0] != key:
             config = self.config
-            scene, bases = scene_of(
-                store, site, self._labelled(store), batch=config.batch, seed=config.seed
-            )
+            scene, bases = scene_of(store, site, self._labelled(store), config)
             probes = [
                 fit_probe(scene.x_train, positive, strength=config.strength)
                 for positive in scene.train.targets.T

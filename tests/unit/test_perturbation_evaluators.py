@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from doubles import ArrayStore
+from doubles import ArrayStore, Texts
 from perturbed import COMBINATIONS, confounded, dictionary, labelled, table
 
 from saelab.errors import ArtifactError, ConfigError, CorpusError
@@ -112,6 +112,17 @@ def test_scores_do_not_depend_on_how_rows_are_batched(score):
         assert other.keys() == first.keys()
         for key, row in first.items():
             assert other[key].value == pytest.approx(row.value, abs=1e-9), key
+
+
+def test_only_the_first_rows_of_each_document_count_if_so_asked():
+    store = labelled(SIGNALS, "abc", n=90, noise=2.0)
+    x = store._x["site"].reshape(90, 16, 3)[:, :6]
+    cut, of = Texts(x.flatten(0, 1), store.labels, window=6), dictionary(torch.eye(3))
+    expected, whole = tpp(cut, of), tpp(store, of)
+    for size in (5, 1024):
+        found = tpp(store, of, rows=6, batch=size)
+        for key in (("probe", "tpp_accuracy"), ("dictionary", "tpp[n=1](a)")):
+            assert found[key].value == expected[key].value != whole[key].value
 
 
 @pytest.mark.parametrize("kind", [TppEvaluator, ScrEvaluator])
