@@ -2,8 +2,8 @@
 
     python -m saelab_experiments.labelled runs/concepts --against topk --output docs/concepts.md
 
-A row per member of a run that was scored by `concepts` or `probing`, then the arms that do not
-depend on a member (supervised directions, raw coordinates, random directions, a bag of words).
+A row per member of a run that was scored by `concepts`, `probing`, `tpp` or `scr`, then the arms
+that do not depend on a member (supervised directions, raw coordinates, random directions, words).
 Cells are means over labels with one standard error over documents; below each stands the
 difference to the member of `--against` with its 95 % interval, paired by documents.
 """
@@ -30,8 +30,14 @@ COLUMNS = {
     "probe_auc[k=5,max]": "k 5",
     "probe_auc[k=20,max]": "k 20",
     "probe_auc[all,max]": "all columns",
+    "tpp[n=1]": "TPP, n 1",
+    "tpp[n=20]": "n 20",
+    "scr[n=1]": "SCR, n 1",
+    "scr[n=20]": "n 20",
 }
-SHARED = ("mean_difference", "linear_probe", "raw", "random_directions", "bag_of_words")
+SHARED = (
+    "mean_difference", "linear_probe", "raw", "pca", "random_directions", "bag_of_words",
+)  # fmt: skip
 """Arms that stand in every member's results, the same in all."""
 
 
@@ -90,7 +96,7 @@ def page(folders: Sequence[Path], against: str) -> str:
         members = [s for s in leaderboard.scored(folder) if any(map(s.row, COLUMNS))]
         if not members:
             raise ArtifactError(
-                f"{folder} holds no scores of labels: evaluate with evals: [concepts, probing]"
+                f"{folder} holds no scores of labels: evaluate with evals: [concepts, probing, tpp]"
             )
         for board in leaderboard.boards(members, next(iter(COLUMNS))):
             parts += [f"## {board[0].results.parent('store').name}, {board[0].site}", ""]
@@ -99,13 +105,16 @@ def page(folders: Sequence[Path], against: str) -> str:
 
 
 def _counts(one: Scored) -> str:
-    found = {
-        what: row["value"]
-        for what in ("labels", "documents")
-        for name in ("concepts", "probing")
-        if (row := one.row(f"{name}_{what}", "corpus")) is not None
-    }
-    return f"{found['labels']:.0f} labels, {found['documents']:,.0f} documents."
+    """Say what each evaluator scored; they may have taken different documents."""
+    said = []
+    for name in ("concepts", "probing", "tpp", "scr"):
+        labels, documents = (
+            one.row(f"{name}_{what}", "corpus") for what in ("labels", "documents")
+        )
+        if labels is not None and documents is not None:
+            counted = f"{labels['value']:.0f} labels, {documents['value']:,.0f} documents"
+            said.append(f"`{name}`: {counted}")
+    return "; ".join(said) + "."
 
 
 def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:

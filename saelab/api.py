@@ -21,6 +21,8 @@ from saelab.errors import ArtifactError, ConfigError, SiteError, nearest
 from saelab.evals.concepts import ConceptsEvaluator
 from saelab.evals.core import CoreConfig, CoreEvaluator
 from saelab.evals.probing import ProbingEvaluator
+from saelab.evals.scr import ScrEvaluator
+from saelab.evals.tpp import TppEvaluator
 from saelab.evals.truth import TruthConfig, TruthEvaluator
 from saelab.features.build import IndexConfig, build
 from saelab.features.read import Features
@@ -332,7 +334,8 @@ def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[
 
 
 _KINDS = (
-    CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator, SteeringEvaluator,
+    CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator, TppEvaluator,
+    ScrEvaluator, SteeringEvaluator,
 )  # fmt: skip
 _EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
 

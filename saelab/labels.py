@@ -7,8 +7,8 @@ their documents, and counted.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +22,8 @@ from saelab.types import Document
 
 Division = Literal["train", "split", "halves"]
 """Which parts there are: training documents; those and held-out ones; or these in two halves."""
+LabelOf = Callable[[Document], str | int | float | None]
+"""Gives a document its label; None: it has none, and is left out."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +55,37 @@ class Labelled:
     """Documents without a label, or of a class that was left out."""
 
 
+def documents_of(store: Store) -> Iterator[Document]:
+    """Yield a store's documents. Raises ConfigError if it has none, or some that share windows."""
+    if not isinstance(store, LabelledStore):
+        raise ConfigError(
+            f"labels come from a store's documents, but {type(store).__name__} has none: harvest "
+            "a corpus with corpus.label_field."
+        )
+    for number in range(store.n_documents):
+        document = store.document(number)
+        if document.group not in (None, number):
+            raise ConfigError(
+                f"documents {document.group} and {number} share a window, so that the one's "
+                "activations tell of the other: harvest with corpus.packing: document."
+            )
+        yield document
+
+
 def labelled_documents(
-    store: Store, division: Division, *, at_most: int | None, per_class: int
+    store: Store,
+    division: Division,
+    *,
+    at_most: int | None,
+    per_class: int,
+    label_of: LabelOf = lambda document: document.label,
 ) -> Labelled:
     """Return up to `at_most` labelled documents of each split, by default all.
 
     A class is kept if each part has `per_class` documents of it. Raises ConfigError if the store
     has no labels, documents that share windows, or fewer than two such classes.
     """
-    if not isinstance(store, LabelledStore):
-        raise ConfigError(
-            f"labels come from a store's documents, but {type(store).__name__} has none: harvest "
-            "a corpus with corpus.label_field."
-        )
-    found, n_unlabelled = _by_part(store, division, at_most)
+    found, n_unlabelled = _by_part(store, division, at_most, label_of)
     counts = {name: Counter(str(d.label) for d in part) for name, part in found.items()}
     names = sorted(set().union(*counts.values()))
     classes = [c for c in names if min(count[c] for count in counts.values()) >= per_class]
@@ -100,23 +119,18 @@ def _too_few(
 
 
 def _by_part(
-    store: LabelledStore, division: Division, at_most: int | None
+    store: Store, division: Division, at_most: int | None, label_of: LabelOf
 ) -> tuple[dict[str, list[Document]], int]:
     """Return the labelled documents of each part, those with the smallest hashes, and how many
     documents of the store have no label."""
     sides: dict[bool, list[Document]] = {False: [], True: []}
     n_unlabelled = 0
-    for number in range(store.n_documents):
-        document = store.document(number)
-        if document.group not in (None, number):
-            raise ConfigError(
-                f"documents {document.group} and {number} share a window, so that the one's "
-                "activations tell of the other: harvest with corpus.packing: document."
-            )
-        if document.label is None:
+    for document in documents_of(store):
+        label = label_of(document)
+        if label is None:
             n_unlabelled += 1
         else:
-            sides[document.heldout].append(document)
+            sides[document.heldout].append(replace(document, label=label))
     train, heldout = (sorted(d, key=lambda d: d.hash[8:24])[:at_most] for d in sides.values())
     if division == "train":
         return {"train": train}, n_unlabelled

@@ -35,6 +35,7 @@ HIGHER = (
     "concept_auc[max]", "concept_auc[mean]", "snmf_score",
     *(f"probe_{what}[k={k},{how}]" for what in ("auc", "accuracy") for how in ("max", "mean")
       for k in (1, 2, 5, 20)),
+    *(f"{what}[n={n}]" for what in ("tpp", "scr") for n in (1, 2, 5, 10, 20, 50, 100, 500)),
 )  # fmt: skip
 """Metrics that rank members, the largest first."""
 COLUMNS = ("l0", "fvu", "kl", "ce_recovered_zero", "dead_share")

@@ -47,6 +47,8 @@ _CONCEPT_TITLES = {
     "snmf_score": "SNMF score ↑",
     "snmf_clamped": "clamped ↓",
 }
+_PERTURBED = {"tpp": "targeted probe perturbation ↑", "scr": "spurious correlation removed ↑"}
+_OF_LABELS = ("probing", "concepts", *_PERTURBED)
 
 
 def pretty(value: float, error: float | None = None) -> str:
@@ -82,7 +84,7 @@ def scorecard(results: Path) -> Group:
     spliced = next((row["n"] for row in rows if row["name"] == "kl"), None)
     counted = [f"{n:,} held-out rows"] if n else []
     counted += [f"{spliced:,} spliced positions"] if spliced else []
-    counted += [_labels(by[name]) for name in ("probing", "concepts") if name in by]
+    counted += [_labels(by[name]) for name in _OF_LABELS if name in by]
     words = ", ".join(counted)
     pages = "docs/metrics.md and docs/truth.md" if truth else "docs/metrics.md"
     note = f"± is one standard error (bootstrap over documents); {words}. See {pages}."
@@ -104,6 +106,10 @@ def _label_tables(by: dict[str, list[dict[str, Any]]]) -> list[Table]:
         found.append(_by_arm("balanced accuracy of probes ↑", by["probing"], titles))
     if "concepts" in by:
         found.append(_by_arm("labels told by one latent", by["concepts"], _CONCEPT_TITLES))
+    for name, title in _PERTURBED.items():
+        kinds = (row["name"] for row in by.get(name, ()) if row["name"].startswith(f"{name}[n="))
+        titles = {kind: kind[len(name) + 1 : -1] for kind in kinds if kind.endswith("]")}
+        found += [_by_arm(title, by[name], titles)] if titles else []
     if "steering" in by:
         start = "steering_score("
         names = (row["name"] for row in by["steering"] if row["name"].startswith(start))

@@ -13,6 +13,8 @@ from saelab.errors import ConfigError, nearest
 from saelab.evals.concepts import ConceptsConfig
 from saelab.evals.core import CoreConfig
 from saelab.evals.probing import ProbingConfig
+from saelab.evals.scr import ScrConfig
+from saelab.evals.tpp import TppConfig
 from saelab.evals.truth import TruthConfig
 from saelab.features.build import IndexConfig
 from saelab.harvest.corpus import CorpusConfig
@@ -33,15 +35,16 @@ class ModelConfig(Config):
     """Compute dtype; `auto` takes bfloat16 where a short probe shows that it is faster."""
 
 
-EvalName = Literal["core", "truth", "probing", "concepts", "steering"]
+EvalName = Literal["core", "truth", "probing", "concepts", "tpp", "scr", "steering"]
+_BY_LABELS = ("probing", "concepts", "tpp", "scr", "steering")
 
 
 class EvaluateConfig(Config):
     """Which evaluators score each dictionary."""
 
     evals: list[EvalName] = ["core"]
-    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts` and `steering` need
-    labels, and `steering` the model."""
+    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts`, `tpp`, `scr` and
+    `steering` need labels, and `steering` the model."""
     core: CoreConfig = CoreConfig()
     """Settings of the core evaluator."""
     truth: TruthConfig = TruthConfig()
@@ -50,6 +53,10 @@ class EvaluateConfig(Config):
     """Settings of the k-sparse probes."""
     concepts: ConceptsConfig = ConceptsConfig()
     """Settings of concept detection."""
+    tpp: TppConfig = TppConfig()
+    """Settings of targeted probe perturbation."""
+    scr: ScrConfig = ScrConfig()
+    """Settings of spurious correlation removal."""
     steering: SteeringConfig = SteeringConfig()
     """Settings of steering by concepts."""
 
@@ -60,7 +67,7 @@ class EvaluateConfig(Config):
     @property
     def need_labels(self) -> list[str]:
         """The chosen evaluators that score documents by their labels."""
-        return [name for name in self.evals if name in ("probing", "concepts", "steering")]
+        return [name for name in self.evals if name in _BY_LABELS]
 
 
 class RunConfig(Config):

@@ -129,6 +129,21 @@ class ArrayStore:
         return Batch(x, y, rows, rows // self._window, grad)
 
 
+class Texts(ArrayStore):
+    """An array store of one site, `site`, whose windows are documents with labels."""
+
+    def __init__(self, x, labels, texts=None, **options) -> None:
+        super().__init__({"site": x}, **options)
+        self.labels = labels
+        self.texts = texts or [f"document about {label}" for label in labels]
+        self.content_hash = hashlib.sha256(repr((labels, x.sum())).encode()).hexdigest()
+
+    def document(self, number: int) -> Document:
+        text = self.texts[number]
+        sha = hashlib.sha256(f"{number} {text}".encode()).hexdigest()
+        return Document(number, sha, number % 5 == 4, text, self.labels[number])
+
+
 def planted_store(
     *, n: int = 4000, d: int = 16, latents: int = 24, active: int = 2, seed: int = 0
 ) -> tuple[ArrayStore, Tensor]:

@@ -70,6 +70,31 @@ def checked_site(dictionary: Dictionary, store: Store, site: str | None) -> str:
     return site
 
 
+def rows_of(
+    store: Store,
+    site: str,
+    split: Split,
+    documents: Int[Tensor, " n"],
+    *,
+    batch: int,
+    first: int | None = None,
+) -> Iterator[tuple[Float[Tensor, "rows d"], Int[Tensor, " rows"]]]:
+    """Yield the kept rows of some documents in order, of each its `first` ones or all, and the
+    number of each row's document."""
+    before = torch.zeros(len(documents), dtype=torch.int64)
+    for rows in store.scan(site, batch=batch, split=split):
+        mine = torch.isin(rows.documents, documents)
+        if first is not None:
+            places = torch.searchsorted(documents, rows.documents[mine])
+            _, counts = torch.unique_consecutive(places, return_counts=True)
+            starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+            number = before[places] + torch.arange(len(places)) - starts
+            before += torch.bincount(places, minlength=len(before))
+            mine[mine.clone()] = number < first
+        if bool(mine.any()):
+            yield rows.x[mine], rows.documents[mine]
+
+
 @torch.no_grad()
 def pool(
     store: Store,
@@ -83,11 +108,7 @@ def pool(
     """Return each scorer's pooled scores, and which documents have a kept row: only those."""
     pools = {name: Pooling(documents, scorer.width) for name, scorer in scorers.items()}
     counted = Pooling(documents, 1)
-    for rows in store.scan(site, batch=batch, split=split):
-        mine = torch.isin(rows.documents, documents)
-        x, of = rows.x[mine], rows.documents[mine]
-        if not len(x):
-            continue
+    for x, of in rows_of(store, site, split, documents, batch=batch):
         counted.update(x[:, :1], of)
         for name, scorer in scorers.items():
             pools[name].update(scorer.scores(x), of)
@@ -120,6 +141,11 @@ class Measured:
     def mean(self) -> "Measured":
         """The mean over labels, as if it were a label."""
         return Measured(self.values.mean()[None], self.replicates.nanmean(1, keepdim=True))
+
+    def split(self, width: int) -> list["Measured"]:
+        """Return the metrics of so many labels each that stand in it side by side."""
+        parts = zip(self.values.split(width), self.replicates.split(width, 1), strict=True)
+        return [Measured(*part) for part in parts]
 
     def minus(self, other: "Measured") -> "Measured":
         """Return the paired difference from another arm's."""

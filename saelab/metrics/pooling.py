@@ -1,4 +1,4 @@
-"""From a score per position to scores per document: the largest, the mean.
+"""From a score per position to scores per document: the largest, the mean, the mean of each sign.
 
 A signed score says one thing where it is high and another where it is low, so a document has two
 extremes: the largest z and the largest −z. For non-negative codes the second is 0 nearly always,
@@ -11,6 +11,8 @@ from typing import Literal, final
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from saelab.types import SparseLatents
 
 Pool = Literal["max", "mean"]
 Sides = Literal["one", "two"]
@@ -80,3 +82,43 @@ class Pooling:
         seen = self.seen
         mean = (self._sum[seen] / self.counts[seen, None]).float()
         return Pooled(self._high[seen], self._low[seen], mean)
+
+
+@final
+class HalfPooling:
+    """Takes in codes of some documents' rows, in any order and split; sums are float64.
+
+    A latent has two halves: max(z, 0) and max(−z, 0). Of codes that are never negative the second
+    is 0.
+    """
+
+    def __init__(self, documents: Int[Tensor, " n"], width: int) -> None:
+        """Pool `width` latents over these documents, whose numbers ascend."""
+        self.documents = documents
+        self.counts = torch.zeros(len(documents), dtype=torch.int64)
+        self._width = width
+        self._sum = torch.zeros(len(documents), 2 * width, dtype=torch.float64)
+
+    @property
+    def seen(self) -> Bool[Tensor, " n"]:
+        """Which documents had a row."""
+        return self.counts > 0
+
+    def update(self, z: SparseLatents | Float[Tensor, "n m"], documents: Int[Tensor, " n"]) -> None:
+        """Take in codes; each row is of one of the documents."""
+        places = torch.searchsorted(self.documents, documents.cpu())
+        self.counts += torch.bincount(places, minlength=len(self.counts))
+        if isinstance(z, SparseLatents):
+            values = z.values.cpu().double()
+            columns = z.indices.cpu().long() + self._width * (values < 0)
+            cells = places[z.rows().cpu()] * (2 * self._width) + columns
+            self._sum.view(-1).index_add_(0, cells, values.abs())
+        else:
+            z = z.cpu().double()
+            both = torch.cat([z.clamp(min=0), (-z).clamp(min=0)], 1)
+            self._sum.index_add_(0, places, both)
+
+    def compute(self) -> Float[Tensor, "n halves"]:
+        """Return both halves' means over the rows of each document that had one: the positive
+        halves of all latents, then the negative ones."""
+        return (self._sum[self.seen] / self.counts[self.seen, None]).float()

@@ -13,10 +13,15 @@ from saelab.errors import ConfigError
 from saelab.results import read_rows
 
 EVALUATE = {
-    "evals": ["core", "probing", "concepts"],
+    "evals": ["core", "probing", "concepts", "tpp", "scr"],
     "core": {"resamples": 20, "windows": 0, "pursuit_rows": 0},
     "probing": {"ks": [1, 5], "resamples": 20, "per_label": 4, "words": 50},
     "concepts": {"resamples": 20, "per_label": 2, "words": 50},
+    "tpp": {"ns": [1, 5], "resamples": 20, "per_label": 4, "draws": 2},
+    "scr": {
+        "attributes": {"pairs": [["garden", "kitchen"]], "pattern": "anna|boris"},
+        **{"ns": [1, 5], "resamples": 20, "per_label": 2, "draws": 2},
+    },
 }
 LABELLED = {"source": "toy", "context": 32, "tokens": 40_000, "holdout": 0.4}
 
@@ -57,6 +62,9 @@ def test_topics_are_told_from_activations_and_words(results):
         assert cells["dictionary", "probe_auc[k=5,mean]"]["standard_error"] > 0
         assert 0.4 < cells["dictionary", "concept_auc[mean]"]["value"] <= 1
         assert cells["linear_probe", "concept_auc[mean](garden)"]["evaluator"] == "concepts"
+        assert cells["probe", "tpp_accuracy"]["value"] > 0.52
+        assert cells["linear_probe", "tpp[n=1](garden)"]["evaluator"] == "tpp"
+        assert cells["dictionary", "scr[n=5](garden or kitchen)"]["n"] > 10
 
 
 def test_controls_are_the_same_for_every_dictionary(results):
@@ -64,7 +72,7 @@ def test_controls_are_the_same_for_every_dictionary(results):
         {
             row["name"]: (row["value"], row["standard_error"])
             for row in read_rows(path)
-            if row["arm"] == arm and row["evaluator"] in ("probing", "concepts")
+            if row["arm"] == arm and row["evaluator"] in ("probing", "concepts", "tpp", "scr")
         }
         for path in results[0]
         for arm in ("raw",)
@@ -89,11 +97,14 @@ def test_the_table_of_labels_pairs_every_row_with_one_member(results):
 def test_the_scorecard_and_the_ranking_show_them(results):
     paths, out = results
     card = shown(report.scorecard(paths[0]))
-    for words in ("k=5 max", "all mean", "SNMF score", "linear_probe", "4 labels of"):
+    titles = "targeted probe perturbation", "spurious correlation removed", "n=5"
+    for words in ("k=5 max", "all mean", "SNMF score", "linear_probe", "4 labels of", *titles):
         assert words in card
     board = shown(leaderboard.compare([out], "probe_auc[k=1,max]"))
     assert "topk-48-4" in board
     assert "concept_auc[max]" in report.markdown(paths[0])
+    for metric in ("tpp[n=5]", "scr[n=1]"):
+        assert "topk-48-4" in shown(leaderboard.compare([out], metric))
 
 
 def test_labels_that_a_run_will_not_have_are_refused_before_it_starts(tmp_path):

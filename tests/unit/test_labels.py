@@ -1,11 +1,10 @@
 """Labelled documents, the probing and concepts evaluators, and supervised directions."""
 
-import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
-from doubles import ArrayStore
+from doubles import ArrayStore, Texts
 
 from saelab import dictionaries
 from saelab.dictionaries.supervised import Supervised
@@ -13,26 +12,10 @@ from saelab.errors import ArtifactError, ConfigError, CorpusError
 from saelab.evals.concepts import ConceptsConfig, ConceptsEvaluator
 from saelab.evals.probing import ProbingConfig, ProbingEvaluator
 from saelab.labels import labelled_documents, word_shares
-from saelab.types import Document
 
 SITE, WINDOW = "site", 16
 PROBING = ProbingConfig(ks=(1, 2), resamples=50, per_label=5, words=20)
 CONCEPTS = ConceptsConfig(resamples=50, per_label=5, words=20)
-
-
-class Texts(ArrayStore):
-    """An array store whose windows are documents with labels."""
-
-    def __init__(self, x, labels, texts=None, **options):
-        super().__init__({SITE: x}, **options)
-        self.labels = labels
-        self.texts = texts or [f"document about {label}" for label in labels]
-        self.content_hash = hashlib.sha256(repr((labels, x.sum())).encode()).hexdigest()
-
-    def document(self, number):
-        text = self.texts[number]
-        sha = hashlib.sha256(f"{number} {text}".encode()).hexdigest()
-        return Document(number, sha, number % 5 == 4, text, self.labels[number])
 
 
 class Reads(dictionaries.topk.TopK):
