@@ -128,10 +128,12 @@ def _rows(config: RunConfig, spec: RunOf, world: int | None) -> Any:
     """Yield (member, unit, result row) of a finished run."""
     steps = pipeline.run(config, until="train" if spec.rates else "evaluate")
     dictionaries = {s.member: s.path for s in steps if s.stage == "dictionary"}
+    names = [member.name for member in config.members()]  # one made elsewhere kept another name
     for step in (s for s in steps if s.stage == ("dictionary" if spec.rates else "results")):
         path = dictionaries[step.member]
         inputs = artifacts.read_manifest(path).inputs
-        label = re.sub(r"-seed\d+$", "", step.name.removeprefix(f"{config.name}-"))
+        assert step.member is not None, "only the store belongs to no member"
+        label = re.sub(r"-seed\d+$", "", names[step.member])
         unit = inputs["seed"] if world is None else world
         if spec.rates:
             for row in _training_rows(path):
