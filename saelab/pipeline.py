@@ -234,7 +234,8 @@ class Run:
         """Train members in one pass; return the folders of those that did not diverge."""
         assert self.config.train is not None
         self._verify(store)
-        out, model = self.config.out, artifacts.read_manifest(store).facts.get("model")
+        out, known = self.config.out, artifacts.read_manifest(store).facts
+        origin = {key: known.get(key) for key in ("model", "model_fingerprint")}
         reasons = {i: self.stages.reason(works[i], out) for i in group}
         with ExitStack() as stack:
             drafts = {i: stack.enter_context(self.stages.draft(works[i], out)) for i in group}
@@ -250,8 +251,7 @@ class Run:
             def done(place: int, fitted: Fitted) -> None:
                 i = todo[place]
                 provenance = fitted.provenance | {"device": str(self.device)}
-                facts = fitted.facts | {"model": model}
-                self.stages.finish(drafts[i], works[i], facts, provenance)
+                self.stages.finish(drafts[i], works[i], fitted.facts | origin, provenance)
 
             try:
                 api.train(specs, store, self.config.train, device=self.device, done=done)
