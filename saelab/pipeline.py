@@ -115,7 +115,11 @@ class Run:
                 given = artifacts.read_manifest(Path(member.init))
                 if given.stage != "dictionary":
                     raise ArtifactError(f"{member.init} is a {given.stage}, not a dictionary")
-                wanted, found = member.fields, given.inputs["dictionary"]
+                theirs = given.inputs["dictionary"]
+                found, wanted = (
+                    config_class(fields["type"]).parse(fields).plain()
+                    for fields in (theirs, {**member.fields, "d_in": theirs["d_in"]})
+                )
                 differing = [k for k, v in wanted.items() if found.get(k) != v]
                 if differing:
                     raise ConfigError(

@@ -33,8 +33,8 @@ from saelab.protocols import Dictionary, GradientTrained, LanguageModel
 log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
-RANDOM = "random decoder"
-"""Arm of the floor."""
+RANDOM = "untrained random decoder"
+"""Arm of random directions with an encoder that is tied to them and not trained."""
 
 
 def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:

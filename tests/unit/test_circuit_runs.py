@@ -191,10 +191,12 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     config = supervised_config(out, [paths[1].parent / "toy-1-0"])
     found = circuits_supervised.supervised(config)
     rows = read_rows(found)
-    assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", "random decoder"}
+    floor = "untrained random decoder"
+    assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", floor}
     values = {(row["arm"], row["name"]): row["value"] for row in rows}
     assert values["supervised", "f1[subject]@end"] == pytest.approx(1)
-    assert 0 <= values["random decoder", "agreement[io, k=2]"] <= 1
+    assert 0 <= values[floor, "agreement[io, k=2]"] <= 1
+    assert {arm for arm, name in values if " | α(" in name} == {"toy-1-0", floor}
     console = Console(width=160, record=True)
     console.print(supervised_table(found))
     assert "necessity" in console.export_text()
@@ -211,5 +213,5 @@ def test_the_shipped_configurations_are_valid():
     features = load_features(shipped / "ioi.yaml")
     assert len(features.dictionaries) >= 3 and features.task.name == "ioi"
     supervised = load_supervised(shipped / "supervised.yaml")
-    assert len(supervised.dictionaries) == 4 and supervised.random_decoder is not None
+    assert len(supervised.dictionaries) == 5 and supervised.random_decoder is not None
     assert {path.name for path in (*features.dictionaries, *supervised.dictionaries)} == made
