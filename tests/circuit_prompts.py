@@ -34,7 +34,14 @@ def draw(name: str, model: ToyModel, n: int, *, seed: int) -> TaskData:
 
 
 def save_dictionary(
-    out: Path, toy: ToyModel, site: str, *, seed: int = 0, parents: Sequence[Parent] = (), **facts
+    out: Path,
+    toy: ToyModel,
+    site: str,
+    /,
+    *,
+    seed: int = 0,
+    parents: Sequence[Parent] = (),
+    **facts,
 ) -> Path:
     """Write an untrained TopK dictionary of a site as a finished artifact; return its folder."""
     dictionary = TopK(TopKConfig(d_in=32, d_sae=24, k=4))

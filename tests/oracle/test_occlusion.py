@@ -36,10 +36,10 @@ def found(size: float, k: int) -> dict[tuple[str, str, float], float]:
 
 
 def test_a_short_attribute_is_found_once_the_long_one_is_small_enough():
-    """A latent of the long one has 3/4 + 9/4 α before the code, one of the short one 1."""
-    assert found(3, k=1) == {
-        ("long", "short", factor): float(factor < 1 / 9) for factor in FACTORS
-    }  # fmt: skip
+    """A latent of the long one has 3/4 + 9/4 α before the code, one of the short one 1. Until then
+    the best claim about a short value is a latent of a long one: chance, 2 · 1 / (4 + 4)."""
+    expected = {("long", "short", factor): 1 if factor < 1 / 9 else 0.25 for factor in FACTORS}
+    assert found(3, k=1) == expected
 
 
 def test_with_room_for_both_nothing_is_hidden():
