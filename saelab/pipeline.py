@@ -115,7 +115,11 @@ class Run:
                 given = artifacts.read_manifest(Path(member.init))
                 if given.stage != "dictionary":
                     raise ArtifactError(f"{member.init} is a {given.stage}, not a dictionary")
-                wanted, found = member.fields, given.inputs["dictionary"]
+                theirs = given.inputs["dictionary"]
+                found, wanted = (
+                    config_class(fields["type"]).parse(fields).plain()
+                    for fields in (theirs, {**member.fields, "d_in": theirs["d_in"]})
+                )
                 differing = [k for k, v in wanted.items() if found.get(k) != v]
                 if differing:
                     raise ConfigError(
@@ -234,7 +238,8 @@ class Run:
         """Train members in one pass; return the folders of those that did not diverge."""
         assert self.config.train is not None
         self._verify(store)
-        out, model = self.config.out, artifacts.read_manifest(store).facts.get("model")
+        out, known = self.config.out, artifacts.read_manifest(store).facts
+        origin = {key: known.get(key) for key in ("model", "model_fingerprint")}
         reasons = {i: self.stages.reason(works[i], out) for i in group}
         with ExitStack() as stack:
             drafts = {i: stack.enter_context(self.stages.draft(works[i], out)) for i in group}
@@ -250,8 +255,7 @@ class Run:
             def done(place: int, fitted: Fitted) -> None:
                 i = todo[place]
                 provenance = fitted.provenance | {"device": str(self.device)}
-                facts = fitted.facts | {"model": model}
-                self.stages.finish(drafts[i], works[i], facts, provenance)
+                self.stages.finish(drafts[i], works[i], fitted.facts | origin, provenance)
 
             try:
                 api.train(specs, store, self.config.train, device=self.device, done=done)

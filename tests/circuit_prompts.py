@@ -1,5 +1,6 @@
 """Indirect-object prompts in the toy model's words, and finished dictionaries of the toy."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -7,6 +8,7 @@ from unittest import mock
 import torch
 
 from saelab import artifacts
+from saelab.artifacts import Parent
 from saelab.circuits import examples, tasks
 from saelab.circuits.tasks import TaskData
 from saelab.dictionaries.topk import TopK, TopKConfig
@@ -31,7 +33,16 @@ def draw(name: str, model: ToyModel, n: int, *, seed: int) -> TaskData:
     )
 
 
-def save_dictionary(out: Path, toy: ToyModel, site: str, *, seed: int = 0, **facts) -> Path:
+def save_dictionary(
+    out: Path,
+    toy: ToyModel,
+    site: str,
+    /,
+    *,
+    seed: int = 0,
+    parents: Sequence[Parent] = (),
+    **facts,
+) -> Path:
     """Write an untrained TopK dictionary of a site as a finished artifact; return its folder."""
     dictionary = TopK(TopKConfig(d_in=32, d_sae=24, k=4))
     generator = torch.Generator().manual_seed(seed)
@@ -44,5 +55,7 @@ def save_dictionary(out: Path, toy: ToyModel, site: str, *, seed: int = 0, **fac
             "site": site, "type": "topk", "d_in": 32, "d_sae": 24, "k": 4, "tokens": 0,
             "config": {}, "model": {"source": "toy", "dtype": "float32", "name": "toy"},
         }  # fmt: skip
-        draft.finish(stage="dictionary", name=name, inputs={}, parents=[], facts=known | facts)
+        draft.finish(
+            stage="dictionary", name=name, inputs={}, parents=list(parents), facts=known | facts
+        )
     return draft.target

@@ -17,6 +17,7 @@ from saelab import artifacts
 from saelab.artifacts import Draft, Manifest, canonical_line
 from saelab.circuit_runs.config import FeaturesConfig
 from saelab.circuit_runs.inputs import (
+    check_sites,
     chosen_dictionaries,
     find_or_make,
     load_dictionary,
@@ -53,14 +54,21 @@ VERSION = 1
 def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
     """Find or make a feature circuit; return its folder.
 
-    Raises ArtifactError for dictionaries of another model or two of one site, TaskError if the
-    model cannot do the task, ResourceError if the graph is too large.
+    Raises ArtifactError for dictionaries of another model, ConfigError for two of one site,
+    SiteError for one of a site that the model lacks, TaskError if the model cannot do the task,
+    ResourceError if the graph is too large.
     """
     chosen = chosen_dictionaries(config)
-    by_site = {manifest.facts["site"]: path for path, manifest in chosen.items()}
-    if len(by_site) < len(chosen):
-        raise ConfigError("a circuit takes one dictionary per site, but two are of the same site")
+    by_site: dict[str, Path] = {}
+    for path, manifest in chosen.items():
+        first = by_site.setdefault(manifest.facts["site"], path)
+        if first != path:
+            raise ConfigError(
+                f"a circuit takes one dictionary per site, but {first} and {path} are both of "
+                f"{manifest.facts['site']}; drop one"
+            )
     model = open_model(config)
+    check_sites(model, chosen)
     inputs = {
         "model": model.fingerprint,
         "task": numbers(config.task) | {"version": examples.VERSION},

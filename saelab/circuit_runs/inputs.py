@@ -1,6 +1,6 @@
 """What runs of circuits share: the model, finished dictionaries, prompts in two parts, the key."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from saelab.artifacts import Manifest
 from saelab.circuit_runs.config import CircuitConfig
 from saelab.circuits.tasks import TaskData
 from saelab.config import Config
-from saelab.errors import ArtifactError, ConfigError
-from saelab.models import resolve_device
+from saelab.errors import ArtifactError, ConfigError, SiteError
+from saelab.models import fingerprints, resolve_device
 from saelab.protocols import Dictionary, LanguageModel
 from saelab.stages import Fill, Stages, Work
 
@@ -56,7 +56,7 @@ def open_model(config: CircuitConfig) -> LanguageModel:
 def chosen_dictionaries(config: CircuitConfig) -> dict[Path, Manifest]:
     """Return the finished dictionaries of a configuration, with their manifests.
 
-    Raises ArtifactError for one of another model, ConfigError if there is none.
+    Raises ArtifactError for one of another model or of other weights, ConfigError if there is none.
     """
     if not config.dictionaries:
         raise ConfigError("dictionaries: give at least one finished dictionary's folder")
@@ -64,13 +64,50 @@ def chosen_dictionaries(config: CircuitConfig) -> dict[Path, Manifest]:
     for path, manifest in chosen.items():
         if manifest.stage != "dictionary":
             raise ArtifactError(f"{path} is a {manifest.stage}, but a dictionary is wanted")
-        source = (manifest.facts.get("model") or {}).get("source")
-        if source is not None and source != config.model.source:
-            raise ArtifactError(
-                f"{path} was trained on activations of {source}, but the circuit is of "
-                f"{config.model.source}: give dictionaries of this model"
-            )
+        _require_model(path, manifest, config.model.source)
     return chosen
+
+
+def _require_model(path: Path, manifest: Manifest, source: str) -> None:
+    """Raise ArtifactError for a dictionary of another model.
+
+    The weights decide, whatever their dtype was; where they were not written down, the source.
+    """
+    theirs = (manifest.facts.get("model") or {}).get("source")
+    weights = _model_fingerprint(manifest)
+    same = theirs in (None, source) if weights is None else weights in fingerprints(source)
+    if not same:
+        then = " with other weights than it has now" if theirs == source else ""
+        raise ArtifactError(
+            f"{path} was trained on activations of {theirs or 'another model'}{then}, but the "
+            f"circuit is of {source}: give dictionaries of this model, or train them anew"
+        )
+
+
+def _model_fingerprint(manifest: Manifest) -> str | None:
+    """Return the fingerprint of the model that a dictionary's rows came from; None if unknown.
+
+    Dictionaries from before it was among their facts have it in the store's manifest, as long as
+    the store is there.
+    """
+    if "model_fingerprint" in manifest.facts:
+        return manifest.facts["model_fingerprint"]
+    for parent in manifest.parents:
+        folder = Path(parent.path)
+        if parent.stage == "store" and (folder / artifacts.MANIFEST).exists():
+            store = artifacts.read_manifest(folder)
+            if store.content_hash == parent.content_hash:
+                return store.facts.get("model_fingerprint")
+    return None
+
+
+def check_sites(model: LanguageModel, chosen: Mapping[Path, Manifest]) -> None:
+    """Raise SiteError, naming the dictionary, for one of a site that the model does not have."""
+    for path, manifest in chosen.items():
+        try:
+            model.site(manifest.facts["site"])
+        except SiteError as error:
+            raise SiteError(f"{path} is of a site that {model.name} lacks: {error}") from None
 
 
 def _finished(path: Path) -> Path:

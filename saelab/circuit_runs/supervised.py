@@ -14,6 +14,7 @@ from saelab import dictionaries
 from saelab.artifacts import Draft, Manifest, canonical_line
 from saelab.circuit_runs.config import RandomDecoderConfig, SupervisedRunConfig
 from saelab.circuit_runs.inputs import (
+    check_sites,
     chosen_dictionaries,
     find_or_make,
     load_dictionary,
@@ -32,15 +33,15 @@ from saelab.protocols import Dictionary, GradientTrained, LanguageModel
 log = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
-RANDOM = "random decoder"
-"""Arm of the floor."""
+RANDOM = "untrained random decoder"
+"""Arm of random directions with an encoder that is tied to them and not trained."""
 
 
 def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:
     """Find or make a supervised evaluation; return its folder.
 
     Raises ArtifactError for dictionaries of another model, ConfigError if they are of several
-    sites, or for a task whose prompts have no attributes.
+    sites, or for a task whose prompts have no attributes, SiteError if the model lacks the site.
     """
     chosen = chosen_dictionaries(config)
     sites = {manifest.facts["site"] for manifest in chosen.values()}
@@ -49,6 +50,7 @@ def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:
             f"dictionaries are compared at one site, but these are of {', '.join(sorted(sites))}"
         )
     model, (site,) = open_model(config), sites
+    check_sites(model, chosen)
     inputs = {
         "model": model.fingerprint,
         "task": numbers(config.task) | {"version": examples.VERSION},

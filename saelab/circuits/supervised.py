@@ -11,8 +11,8 @@ prompts on which the model's next token is that of the patch x_s → x_t. `none`
 without an edit; the score (agree − none) / (supervised − none) is left out where its denominator
 is small. The supervised edit takes one feature out and puts one in.
 
-*Interpretability.* The best F1 of latents about attributes, and sufficiency and necessity of the
-latents with an F1 above a bar alone.
+*Interpretability.* The best F1 of latents about attributes, the same while a longer attribute is
+shrunk (`occlusion.py`), and sufficiency and necessity of the latents with an F1 above a bar alone.
 
 Makelov, Lange, Nanda 2025, arXiv 2405.08366.
 """
@@ -35,6 +35,7 @@ from saelab.circuits.attributes import (
     fit_features,
 )
 from saelab.circuits.bases import Directions, in_forward_order
+from saelab.circuits.occlusion import lengths, occlusion
 from saelab.circuits.predicates import (
     best_claims,
     best_unions,
@@ -74,6 +75,8 @@ class SupervisedConfig(Config):
     """Agreement that the supervised edit has to add before scores are shares of it."""
     bar: Annotated[float, Field(gt=0, le=1)] = 0.6
     """F1 from which on a latent is kept among the interpretable ones."""
+    shrink: list[Annotated[float, Field(ge=0, le=1)]] = [1.0, 0.75, 0.5, 0.25, 0.0]
+    """Factors on an attribute's features, under which shorter ones are looked for again."""
     batch: PositiveInt = 16
     """Prompts that go through the model together."""
 
@@ -288,6 +291,8 @@ class SupervisedEvaluation:
             said = claims(z, signed=coder.signed)
             fires = (said[::2], said[1::2])
             yield from self._f1(name, slot, fires, (first, second))
+            if isinstance(coder, ByDictionary):
+                yield from self._occlusion(name, coder, i)
             kept.append(self._interpretable(fires[0], first, z.shape[1]))
         yield self._row(
             f"latents[F1 ≥ {self.config.bar:g}]",
@@ -313,10 +318,21 @@ class SupervisedEvaluation:
                 ("parts_recall", split.recall, "share"),
             ):
                 yield self._row(f"{what}[{attribute}]@{slot}", value, None, name, unit)
-            if name == SUPERVISED:
-                u = self.labels.slots[self.section.slots.index(slot)].u[own].double()
-                size = float((u - u.mean(0)).square().sum(1).mean().sqrt())
+        if name == SUPERVISED:
+            features = self.labels.slots[self.section.slots.index(slot)]
+            for attribute, size in lengths(features, self.attributes).items():
                 yield self._row(f"norm[{attribute}]@{slot}", size, None, name, "norm")
+
+    def _occlusion(self, name: str, coder: ByDictionary, slot: int) -> Iterator[ResultRow]:
+        """Yield the F1 of each attribute while the features of a longer one are shrunk."""
+        labelled, where = self.fit, self.section.slots[slot]
+        for found in occlusion(
+            lambda x: coder.code(x, labelled.table, slot).z,
+            labelled.x[:, slot], labelled.table, self.labels.slots[slot], self.attributes,
+            self.config.shrink, signed=coder.signed,
+        ):  # fmt: skip
+            what = f"f1[{found.shorter}]@{where} | α({found.longer})={found.factor:g}"
+            yield self._row(what, found.f1, None, name)
 
     def _interpretable(
         self, fires: Bool[Tensor, "n m"], table: Bool[Tensor, "n columns"], d_sae: int

@@ -52,7 +52,7 @@ class AffineDictionary(BaseDictionary, GradientTrained):
         """Allocate the weights."""
         super().__init__(config)
         self.unit_decoder = True
-        """Whether decoder rows keep unit norm."""
+        """Whether decoder rows are held at unit norm by the constraints of training."""
         self.W_enc = nn.Parameter(self.W_dec.detach().clone())
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.register_buffer("variance", torch.ones(()))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from pydantic import model_validator
 from torch import Tensor
 
@@ -29,6 +29,16 @@ class LinearConfig(AffineConfig):
 
     k: Any
     """Latents per row: exactly, at most, or on average, as the type says."""
+    freeze_decoder: bool = False
+    """Train the encoder and biases on random decoder directions that never move: a control."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return JSON-ready data.
+
+        `freeze_decoder` came later and is left out when off: older dictionaries keep their keys.
+        """
+        left_out = set() if self.freeze_decoder else {"freeze_decoder"}
+        return {key: value for key, value in super().plain().items() if key not in left_out}
 
     @model_validator(mode="after")
     def _fits(self) -> "LinearConfig":
@@ -51,6 +61,25 @@ class LinearDictionary(AffineDictionary):
     """
 
     encoder_start = 0.5
+
+    def __init__(self, config: LinearConfig) -> None:
+        """Allocate the weights; a frozen decoder takes no gradient and needs no constraint."""
+        super().__init__(config)
+        if config.freeze_decoder:
+            self.W_dec.requires_grad_(False)
+            self.unit_decoder = False
+
+    @torch.no_grad()
+    def revive_(self, ids: Int[Tensor, " m"], rows: Float[Tensor, "m d_in"]) -> None:
+        """Point each of these latents at one of these rows, which are reconstructed badly.
+
+        A frozen direction stays: there the encoder row starts again along it, whatever the rows.
+        """
+        if not self.config.freeze_decoder:
+            super().revive_(ids, rows)
+            return
+        self.W_enc[ids] = self.W_dec[ids] * self._revived_norm(ids)
+        self.b_enc[ids] = 0
 
     @abstractmethod
     def _select(self, x: Tensor, progress: float) -> Code:

@@ -3,9 +3,22 @@
 import torch
 
 from saelab.edits.placement import Steerable
-from saelab.models.identity import ModelIdentity, identify, resolve_device, resolve_dtype
+from saelab.models.identity import (
+    ModelIdentity,
+    fingerprints,
+    identify,
+    resolve_device,
+    resolve_dtype,
+)
 
-__all__ = ["ModelIdentity", "identify", "load_model", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "ModelIdentity",
+    "fingerprints",
+    "identify",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 
 def load_model(

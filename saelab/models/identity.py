@@ -54,8 +54,24 @@ def identify(
     resolved_dtype = resolve_dtype(dtype, resolve_device(device))
     folder, name, content = _folder_of(source)
     sizes = _sizes(folder)
-    fingerprint = digest({"content": content, "dtype": resolved_dtype})
+    fingerprint = _fingerprint(content, resolved_dtype)
     return ModelIdentity(name, source, fingerprint, resolved_dtype, **sizes, folder=folder)
+
+
+def fingerprints(source: str) -> set[str]:
+    """Return the fingerprints of a source's weights, one for every dtype that they may be read in.
+
+    Two fingerprints are of the same weights where this set holds both. Raises AssetError if the
+    source cannot be found or is incomplete.
+    """
+    if toy.is_toy(source) or handwired.is_handwired(source):
+        return {identify(source).fingerprint}
+    _, _, content = _folder_of(source)
+    return {_fingerprint(content, dtype) for dtype in DTYPES}
+
+
+def _fingerprint(content: str, dtype: str) -> str:
+    return digest({"content": content, "dtype": dtype})
 
 
 def _identify_toy(source: str, dtype: str) -> ModelIdentity:

@@ -186,8 +186,18 @@ def test_a_dictionary_continues_from_a_finished_one(made):
     assert statuses(pipeline.run(toy(root / "out", dictionaries=[member]), until="train"))[1] == (
         "dictionary", "made",
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"init: .* other values of d_sae"):
-        pipeline.run(toy(root / "out", dictionaries=[member | {"d_sae": 64}]), until="train")
+    as_it_was = toy(root / "out", dictionaries=[member | {"freeze_decoder": False}])
+    assert statuses(pipeline.run(as_it_was, until="train"))[1] == ("dictionary", "found")
+    for other in ({"d_sae": 64}, {"freeze_decoder": True}):
+        config = toy(root / "out", dictionaries=[member | other])
+        with pytest.raises(ConfigError, match=f"init: .* other values of {next(iter(other))}"):
+            pipeline.run(config, until="train")
+
+
+def test_a_dictionary_says_whose_activations_it_was_trained_on(made):
+    facts = artifacts.read_manifest(made[1][1].path).facts
+    assert facts["model"]["source"] == "toy"
+    assert facts["model_fingerprint"] == saelab.load_model("toy").fingerprint
 
 
 def test_an_index_in_memory_knows_which_model_it_was_made_with(made, tmp_path):

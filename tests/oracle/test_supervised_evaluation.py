@@ -133,6 +133,20 @@ def test_a_dictionary_that_says_nothing_has_nothing(scores):
         assert found[SUPERVISED, f"edit_score[{attribute}, k=2]"].value == 1
 
 
+def test_what_a_longer_attribute_hides_is_looked_for_in_every_dictionary(scores):
+    found, _ = scores
+    size = {a: found[SUPERVISED, f"norm[{a}]@end"].value for a in ("io", "subject")}
+    shorter, longer = sorted(size, key=size.__getitem__)
+    for arm in ("basis", "silent"):
+        curve = [
+            found[arm, f"f1[{shorter}]@end | α({longer})={a}"].value for a in ("1", "0.5", "0")
+        ]
+        assert curve[0] == found[arm, f"f1[{shorter}]@end"].value
+        assert set(curve) == {0} or arm == "basis"
+    names = [name for arm, name in found if " | α(" in name]
+    assert len(names) == 2 * 5 and not any(f"f1[{longer}]" in name for name in names)
+
+
 def test_no_score_where_the_supervised_edit_adds_too_little(model):
     config = SupervisedConfig(budgets=[1], least_gap=1.0, slots=["end"])
     evaluation = SupervisedEvaluation(model, SITE, prompts(model, 2), prompts(model), config)

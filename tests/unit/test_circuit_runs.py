@@ -1,6 +1,7 @@
 """Runs of circuits on the toy: what they write, find again, and refuse."""
 
 import json
+from dataclasses import replace
 
 import circuit_prompts
 import jsonschema
@@ -16,11 +17,11 @@ from saelab.circuit_runs.config import (
     load_features,
     load_supervised,
 )
-from saelab.circuit_runs.inputs import parted
+from saelab.circuit_runs.inputs import chosen_dictionaries, parted
 from saelab.circuit_runs.report import circuit_tables, supervised_table
 from saelab.circuits.contrast import contrast_of
 from saelab.circuits.viewer import schema
-from saelab.errors import ArtifactError, ConfigError, TaskError
+from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
 from saelab.results import read_rows
 from saelab.run_config import load_config
 
@@ -50,6 +51,18 @@ def features_config(out, paths, **changes):
             "curves": {"sizes": [4], "draws": 1},
         }
         | changes
+    )  # fmt: skip
+
+
+def supervised_config(out, paths):
+    return SupervisedRunConfig.parse(
+        {
+            "name": "toy-labels", "model": {"source": "toy"}, "out": out,
+            "dictionaries": list(paths),
+            "task": {"name": "ioi", "fit": 160, "test": 8, "force": True},
+            "supervised": {"budgets": [2], "slots": ["end"], "batch": 32, "shrink": [1, 0]},
+            "random_decoder": {"d_sae": 48, "k": 4},
+        }
     )  # fmt: skip
 
 
@@ -108,7 +121,7 @@ def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, pa
     with pytest.raises(ArtifactError, match="trained on activations of toy:seed=3"):
         circuits_features.features(features_config(out, [other]))
     again = circuit_prompts.save_dictionary(out, toy_model, FIRST, seed=6)
-    with pytest.raises(ConfigError, match="one dictionary per site"):
+    with pytest.raises(ConfigError, match=f"{paths[0]} and {again} are both of {FIRST}"):
         circuits_features.features(features_config(out, [paths[0], again]))
     with pytest.raises(ArtifactError, match="no finished dictionary"):
         circuits_features.features(features_config(out, [out / "dictionary" / "none"]))
@@ -118,6 +131,43 @@ def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, pa
         circuits_features.open_circuit(paths[0])
     with pytest.raises(ConfigError, match="at least one"):
         circuits_features.features(features_config(out, []))
+
+
+def test_weights_decide_whose_dictionary_it_is(tmp_path, toy_model):
+    def chosen(seed, **facts):
+        path = circuit_prompts.save_dictionary(tmp_path, toy_model, FIRST, seed=seed, **facts)
+        return list(chosen_dictionaries(features_config(tmp_path, [path]))) == [path]
+
+    def parent(name, fingerprint):
+        with artifacts.open_draft(tmp_path, "store", name, name * 8) as draft:
+            draft.write("stats", name.encode())
+            facts = {"model_fingerprint": fingerprint}
+            draft.finish(stage="store", name=name, inputs={}, parents=[], facts=facts)
+        return artifacts.parent_of(draft.target)
+
+    own, other = toy_model.fingerprint, "0" * 64
+    renamed = {"source": "toys/old-name", "dtype": "float32", "name": "toy"}
+    assert chosen(0, model_fingerprint=own)
+    assert chosen(1, model_fingerprint=own, model=renamed)
+    assert chosen(2, model_fingerprint=None)
+    with pytest.raises(ArtifactError, match="of toy with other weights than it has now, but"):
+        chosen(3, model_fingerprint=other)
+    assert chosen(4, parents=[parent("a", own)])
+    with pytest.raises(ArtifactError, match="of toy with other weights than it has now, but"):
+        chosen(5, parents=[parent("b", other)])
+    replaced = replace(parent("c", other), content_hash="1" * 64)
+    assert chosen(6, parents=[replaced])
+
+
+def test_a_site_that_the_model_lacks_is_refused_by_the_dictionarys_name(made, patched, toy_model):
+    out, paths, _ = made
+    lost = circuit_prompts.save_dictionary(
+        out, toy_model, FIRST, seed=7, site="blocks.7.hook_resid_post"
+    )
+    with pytest.raises(SiteError, match=f"{lost} is of a site that toy lacks.*blocks.7"):
+        circuits_features.features(features_config(out, [paths[0], lost]))
+    with pytest.raises(SiteError, match=f"{lost} is of a site that toy lacks"):
+        circuits_supervised.supervised(supervised_config(out, [lost]))
 
 
 def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched, monkeypatch):
@@ -138,21 +188,15 @@ def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched,
 
 def test_a_supervised_run_scores_every_arm(made, patched):
     out, paths, _ = made
-    config = SupervisedRunConfig.parse(
-        {
-            "name": "toy-labels", "model": {"source": "toy"}, "out": out,
-            "dictionaries": [paths[1].parent / "toy-1-0"],
-            "task": {"name": "ioi", "fit": 160, "test": 8, "force": True},
-            "supervised": {"budgets": [2], "slots": ["end"], "batch": 32},
-            "random_decoder": {"d_sae": 48, "k": 4},
-        }
-    )  # fmt: skip
+    config = supervised_config(out, [paths[1].parent / "toy-1-0"])
     found = circuits_supervised.supervised(config)
     rows = read_rows(found)
-    assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", "random decoder"}
+    floor = "untrained random decoder"
+    assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", floor}
     values = {(row["arm"], row["name"]): row["value"] for row in rows}
     assert values["supervised", "f1[subject]@end"] == pytest.approx(1)
-    assert 0 <= values["random decoder", "agreement[io, k=2]"] <= 1
+    assert 0 <= values[floor, "agreement[io, k=2]"] <= 1
+    assert {arm for arm, name in values if " | α(" in name} == {"toy-1-0", floor}
     console = Console(width=160, record=True)
     console.print(supervised_table(found))
     assert "necessity" in console.export_text()
@@ -169,5 +213,5 @@ def test_the_shipped_configurations_are_valid():
     features = load_features(shipped / "ioi.yaml")
     assert len(features.dictionaries) >= 3 and features.task.name == "ioi"
     supervised = load_supervised(shipped / "supervised.yaml")
-    assert len(supervised.dictionaries) == 4 and supervised.random_decoder is not None
+    assert len(supervised.dictionaries) == 5 and supervised.random_decoder is not None
     assert {path.name for path in (*features.dictionaries, *supervised.dictionaries)} == made

@@ -9,7 +9,7 @@ from tiny_models import save_llama
 
 from saelab import assets
 from saelab.errors import AssetError, ConfigError
-from saelab.models import identify, load_model, resolve_device, resolve_dtype
+from saelab.models import fingerprints, identify, load_model, resolve_device, resolve_dtype
 from saelab.models.toy import ToyModel
 
 
@@ -61,7 +61,9 @@ def test_a_model_is_identified_without_loading_it(folder, cache, monkeypatch):
     model = load_model(str(folder), dtype="float32", device="cpu")
     assert (model.fingerprint, model.name) == (found.fingerprint, found.name)
     assert (model.context, model.d_model, model.d_vocab) == (64, 24, found.d_vocab)
-    assert identify(str(folder), "bfloat16", "cpu").fingerprint != found.fingerprint
+    half = identify(str(folder), "bfloat16", "cpu").fingerprint
+    assert half != found.fingerprint
+    assert {half, found.fingerprint} <= fingerprints(str(folder))
 
 
 def test_the_fingerprint_follows_weights_and_tokenizer_but_not_the_place(folder, cache, tmp_path):
@@ -76,6 +78,7 @@ def test_the_fingerprint_follows_weights_and_tokenizer_but_not_the_place(folder,
         with (changed / name).open("ab") as file:
             file.write(b" ")
         assert identify(str(changed), "float32", "cpu").fingerprint != first
+        assert first in fingerprints(str(moved)) and first not in fingerprints(str(changed))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -140,6 +143,7 @@ def test_toys_are_seeded(toy_model):
     assert torch.equal(load_model("toy").logits(tokens), toy_model.logits(tokens))
     assert not torch.equal(ToyModel(1).logits(tokens), toy_model.logits(tokens))
     assert load_model("toy:seed=1").fingerprint == identify("toy:seed=1").fingerprint
+    assert fingerprints("toy:seed=1") == {identify("toy:seed=1").fingerprint}
     assert load_model("toy").fingerprint != load_model("toy:seed=1").fingerprint
     for source, dtype in (("toy:sed=1", "auto"), ("toy", "bfloat16")):
         with pytest.raises(ConfigError):
