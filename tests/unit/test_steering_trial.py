@@ -43,19 +43,22 @@ def test_the_concept_is_lifted_by_its_direction_alone(trial, towards):
     arms = {"concept": adding(towards, [0]), "random": adding(towards, [1, 1])}
     concept, random = trial.responses(arms, [3.0], largest=200.0)
     assert concept.judge == "lexicon(two words)"
-    assert concept.matched[0].kl == pytest.approx(3.0, rel=0.011)
+    assert 3.0 <= concept.matched[0].kl <= 3.15
+    assert concept.kl_last_prompt == concept.matched[0].kl_last_prompt
     assert concept.kl_last_prompt > 0
     assert concept.lift > random.lift
     scores = trial._judge(concept.written[0].texts).double()
     assert concept.lift == pytest.approx(float((scores - trial.unsteered).mean()))
-    # two directions that are the same count as one
+    # sums are means over directions
     assert torch.equal(random.sums[:, 4], torch.ones(8).double())
-    assert random.written[0] == random.written[1]
+    assert random.matched[0] == random.matched[1]
     lead = concept.over(random)
     assert lead.low <= lead.value <= lead.high
     assert lead.value == pytest.approx(concept.score - random.score)
     assert concept.over(concept).value == concept.over(concept).high == 0
     assert concept.interval().value == concept.score
+    lift = concept.interval("lift")
+    assert lift.low <= lift.value == concept.lift <= lift.high
 
 
 def test_a_dose_out_of_reach_has_no_score(trial, towards):
