@@ -18,7 +18,8 @@ from saelab.features.build import IndexConfig
 from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig
 from saelab.members import Member, expand
-from saelab.steering.evaluator import SteeringConfig
+from saelab.steering.equal_norm import EqualNormConfig
+from saelab.steering.scene import SteeringConfig
 from saelab.store.synthetic import SyntheticConfig
 from saelab.train.fit import TrainConfig
 from saelab.types import holds_neurons
@@ -33,15 +34,15 @@ class ModelConfig(Config):
     """Compute dtype; `auto` takes bfloat16 where a short probe shows that it is faster."""
 
 
-EvalName = Literal["core", "truth", "probing", "concepts", "steering"]
+EvalName = Literal["core", "truth", "probing", "concepts", "steering", "signs", "equal_norm"]
 
 
 class EvaluateConfig(Config):
     """Which evaluators score each dictionary."""
 
     evals: list[EvalName] = ["core"]
-    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts` and `steering` need
-    labels, and `steering` the model."""
+    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts`, `steering` and
+    `signs` need labels, and the last two and `equal_norm` the model."""
     core: CoreConfig = CoreConfig()
     """Settings of the core evaluator."""
     truth: TruthConfig = TruthConfig()
@@ -52,6 +53,10 @@ class EvaluateConfig(Config):
     """Settings of concept detection."""
     steering: SteeringConfig = SteeringConfig()
     """Settings of steering by concepts."""
+    signs: SteeringConfig = SteeringConfig()
+    """Settings of steering both ways; `instruction` is of no use there."""
+    equal_norm: EqualNormConfig = EqualNormConfig()
+    """Settings of pushing by one length."""
 
     def settings(self) -> dict[str, Config]:
         """Return each evaluator's settings by its name."""
@@ -60,7 +65,8 @@ class EvaluateConfig(Config):
     @property
     def need_labels(self) -> list[str]:
         """The chosen evaluators that score documents by their labels."""
-        return [name for name in self.evals if name in ("probing", "concepts", "steering")]
+        labelled = ("probing", "concepts", "steering", "signs")
+        return [name for name in self.evals if name in labelled]
 
 
 class RunConfig(Config):
