@@ -4,7 +4,8 @@ Generation reads all weights once per token, whatever the number of rows; twenty
 continue sixteen prompts each are written in a few batches instead of twenty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import final
 
 import torch
@@ -21,14 +22,14 @@ MAX_ROWS = 160
 
 @final
 class Beside:
-    """Edits of a batch: the first of them stand in its first `n_rows` rows, and so on."""
+    """Edits of a batch: each list of them stands in some rows, one after the other."""
 
     def __init__(
-        self, model: Steerable, edits: Sequence[Sequence[LatentEdit]], n_rows: int
+        self, model: Steerable, edits: Sequence[Sequence[LatentEdit]], n_rows: Sequence[int]
     ) -> None:
         """Check each list of edits by itself. Raises what `Steering` raises."""
         self._parts = [Steering(model, each) for each in edits]
-        self._n_rows = n_rows
+        self._n_rows = list(n_rows)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ class Beside:
 
 def continuations_beside(
     model: Steerable,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[str]],
     edits: Sequence[Sequence[LatentEdit]],
     *,
     max_new_tokens: int = 32,
@@ -61,18 +62,30 @@ def continuations_beside(
     seed: int = 0,
     max_rows: int = MAX_ROWS,
 ) -> list[Continuations]:
-    """Return the continuations under each list of edits, as many of them in a batch as fit."""
-    tokens, starts = encode_prompts(model, prompts)
-    at_once = max(1, max_rows // len(prompts))
+    """Return the continuations of each list of prompts under its list of edits, as many of them in
+    a batch as fit."""
     found = []
-    for first in range(0, len(edits), at_once):
-        part = edits[first : first + at_once]
-        with model.steered(Beside(model, part, len(prompts))):
+    for first, last in _batches([len(own) for own in prompts], max_rows):
+        n_rows = [len(own) for own in prompts[first:last]]
+        tokens, starts = encode_prompts(model, [p for own in prompts[first:last] for p in own])
+        with model.steered(Beside(model, edits[first:last], n_rows)):
             whole = model.generate(
-                tokens.repeat(len(part), 1), max_new_tokens=max_new_tokens,
-                temperature=temperature, seed=seed + first, lengths=starts.repeat(len(part)),
+                tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + first,
+                lengths=starts,
             )  # fmt: skip
-        for rows in whole.split(len(prompts)):
-            texts = written_texts(model, rows, starts, tokens.shape[1])
-            found.append(Continuations(tuple(prompts), texts))
+        texts = iter(written_texts(model, whole, starts, tokens.shape[1]))
+        for own in prompts[first:last]:
+            found.append(Continuations(tuple(own), tuple(islice(texts, len(own)))))
     return found
+
+
+def _batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Yield runs of items whose sizes add up to at most `most`, or that are alone."""
+    first, total = 0, 0
+    for place, size in enumerate(sizes):
+        if place > first and total + size > most:
+            yield first, place
+            first, total = place, 0
+        total += size
+    if sizes:
+        yield first, len(sizes)

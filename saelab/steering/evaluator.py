@@ -203,7 +203,7 @@ class SteeringEvaluator:
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
         yield from rows.by_dose(name, found.curve)
-        sums = others_sums(ground.others, chosen.reported.written, ground.trial.usual)
+        sums = others_sums(ground.others, chosen.reported, ground.trial)
         sums = sums[reported_half(len(sums))]
         yield rows.summed("steering_others_change", sums, mean_distance, "judge", name)
         edits = found.edits()

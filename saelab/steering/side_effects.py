@@ -12,7 +12,8 @@ from saelab.edits import LatentEdit
 from saelab.edits.placement import Steerable, pad_of
 from saelab.protocols import Store
 from saelab.steering.judges import Judge
-from saelab.steering.sweep import Continuations, ce_change
+from saelab.steering.sweep import ce_change
+from saelab.steering.trial import Response, Trial
 
 N_WINDOWS = 16
 """Held-out windows whose cross-entropy is neutral text's."""
@@ -50,20 +51,22 @@ def mean_change(totals: Float[Tensor, "b 2"]) -> Float[Tensor, " b"]:
 
 
 def others_sums(
-    judges: Sequence[Judge],
-    written: Sequence[Continuations],
-    usual: Continuations,
+    judges: Sequence[Judge], response: Response, trial: Trial
 ) -> Float[Tensor, "prompts judges_and_1"]:
-    """Return how much each judge's score of each prompt's text moves, and a column of ones.
+    """Return how much each judge's score of each prompt's text moves, and whether there is one.
 
-    Means over what directions wrote; `usual` holds whole rounds of the prompts, unsteered.
+    Means over the directions that continued the prompt, over its unsteered continuations.
     """
-    n = len(written[0].texts)
-    moved = []
-    for judge in judges:
-        steered = torch.stack([judge(one.texts).double() for one in written]).mean(0)
-        moved.append(steered - judge(usual.texts).double().reshape(-1, n).mean(0))
-    return torch.stack([*moved, torch.ones(n, dtype=torch.float64)], 1)
+    n = len(trial.prompts)
+    total = torch.zeros(n, len(judges), dtype=torch.float64)
+    n_written = torch.zeros(n, 1, dtype=torch.float64)
+    for asked, one in zip(response.asked, response.written, strict=True):
+        total[list(asked)] += torch.stack([judge(one.texts).double() for judge in judges], 1)
+        n_written[list(asked)] += 1
+    usual = [judge(trial.usual.texts).double().reshape(-1, n).mean(0) for judge in judges]
+    moved = total / n_written.clamp(min=1) - torch.stack(usual, 1)
+    seen = n_written > 0
+    return torch.cat([torch.where(seen, moved, 0.0), seen.double()], 1)
 
 
 def mean_distance(totals: Float[Tensor, "b judges_and_1"]) -> Float[Tensor, " b"]:

@@ -2,8 +2,8 @@
 
 Each arm is some directions of one kind: one latent, or twenty random directions. At every dose
 each direction gets its own matched strength, the model continues the prompts, and a judge and
-another model's loss read what it wrote. Numbers are means over an arm's directions, per prompt, so
-that arms are compared prompt by prompt.
+another model's loss read what it wrote. Of many directions each continues a part of the prompts.
+Numbers are means over an arm's directions, per prompt, so that arms are compared prompt by prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +34,8 @@ from saelab.steering.sweep import (
 
 _DOSED = 8
 """Prompts on whose continuations doses are taken: as many as a dose needs."""
+_WRITERS = 5
+"""Directions of one arm that continue a prompt, where there are more."""
 _TOLERANCE = 0.05
 """How finely doses are matched, as a share of them."""
 
@@ -63,6 +65,13 @@ def _score(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
     return torch.tensor([steering_score(*pair) for pair in pairs], dtype=torch.float64)
 
 
+def shares(n_directions: int, n_prompts: int) -> list[tuple[int, ...]]:
+    """Return which prompts each direction of an arm continues: all, or of many directions each
+    every so many, so that each prompt is continued by at least five."""
+    every = max(1, n_directions // _WRITERS)
+    return [tuple(range(i % every, n_prompts, every)) for i in range(n_directions)]
+
+
 Measure = Literal["score", "lift", "fluency"]
 _STATISTICS: dict[Measure, Statistic] = {"score": _score, "lift": _lift, "fluency": _fluency}
 
@@ -81,9 +90,11 @@ class Response:
     judge: str
     sums: Float[Tensor, "prompts 5"]
     """Per prompt: judged score, unsteered score, whether both are known; fluent, and 1. Means over
-    the directions."""
+    the directions that continued it; 0 without one."""
     written: tuple[Continuations, ...]
     """Per direction that reached the dose, what the model wrote."""
+    asked: tuple[tuple[int, ...], ...] = ()
+    """Which prompts each of them continued."""
 
     @property
     def lift(self) -> float:
@@ -186,18 +197,18 @@ class Trial:
         `fluency_model` should be another model; without one the steered model itself, unsteered,
         judges losses. Raises ConfigError for fewer than 8 prompts.
         """
-        self._model, self._prompts, self._judge = model, tuple(prompts), judge
+        self._model, self.prompts, self._judge = model, tuple(prompts), judge
         self._reader = fluency_model or model
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self.text: CleanText = clean_text(
-            model, self._prompts[:_DOSED], temperature=temperature, seed=seed
+            model, self.prompts[:_DOSED], temperature=temperature, seed=seed
         )
         self.usual: Continuations = continuations(
-            model, samples * self._prompts, max_new_tokens=max_new_tokens,
+            model, samples * self.prompts, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed + 1,
         )  # fmt: skip
         self.band: Band = band(self._reader, self.usual)
-        scores = judge(self.usual.texts).double().reshape(samples, len(self._prompts))
+        scores = judge(self.usual.texts).double().reshape(samples, len(self.prompts))
         self.unsteered: Float[Tensor, " prompts"] = scores.nanmean(0)
         """Mean judged score of each prompt's unsteered continuations."""
 
@@ -215,6 +226,7 @@ class Trial:
         a dose is written together.
         """
         directions = [edit_at for arm in arms.values() for edit_at in arm]
+        asked = [own for arm in arms.values() for own in shares(len(arm), len(self.prompts))]
         found = [
             matched_strengths(
                 self._model, edit_at, self.text, doses,
@@ -223,66 +235,75 @@ class Trial:
             for edit_at in directions
         ]  # fmt: skip
         written = [
-            self._all_written(directions, [per_dose[place] for per_dose in found])
+            self._all_written(directions, asked, [per_dose[place] for per_dose in found])
             for place in range(len(doses))
         ]
         first = 0
         for name, arm in arms.items():
-            own = slice(first, first + len(arm))
+            own = range(first, first + len(arm))
             first += len(arm)
             for place, target in enumerate(doses):
-                matched = tuple(per_dose[place] for per_dose in found[own])
-                yield self._response(name, target, matched, written[place][own])
+                yield self._response(
+                    name, target, tuple(found[i][place] for i in own),
+                    [(asked[i], text) for i in own if (text := written[place].get(i)) is not None],
+                )  # fmt: skip
 
     def _all_written(
-        self, directions: Sequence[EditAt], matched: Sequence[Matched]
-    ) -> list[Continuations | None]:
-        """Return what each direction writes at its strength; None where it has none."""
+        self,
+        directions: Sequence[EditAt],
+        asked: Sequence[tuple[int, ...]],
+        matched: Sequence[Matched],
+    ) -> dict[int, Continuations]:
+        """Return what each direction that has a strength writes after its prompts."""
         edits = {
             place: edit_at(one.strength)
             for place, (edit_at, one) in enumerate(zip(directions, matched, strict=True))
             if one.strength is not None
         }
+        prompts = [[self.prompts[i] for i in asked[place]] for place in edits]
         texts = continuations_beside(
-            self._model, self._prompts, list(edits.values()),
-            max_new_tokens=self._max_new_tokens, temperature=self._temperature,
-            seed=self._seed + 2,
+            self._model, prompts, list(edits.values()), max_new_tokens=self._max_new_tokens,
+            temperature=self._temperature, seed=self._seed + 2,
         )  # fmt: skip
-        by_place = dict(zip(edits, texts, strict=True))
-        return [by_place.get(place) for place in range(len(directions))]
+        return dict(zip(edits, texts, strict=True))
 
     def _response(
         self,
         name: str,
-        target: float,
+        target: float | None,
         matched: tuple[Matched, ...],
-        texts: Sequence[Continuations | None],
+        written: Sequence[tuple[tuple[int, ...], Continuations]],
     ) -> Response:
-        written = tuple(one for one in texts if one is not None)
         known = [one.kl_last_prompt for one in matched if one.kl_last_prompt is not None]
-        last = sum(known) / len(known) if known else None
-        return Response(name, target, matched, last, self._judge.name, self._sums(written), written)
+        return Response(
+            name, target, matched, sum(known) / len(known) if known else None, self._judge.name,
+            self._sums(written), tuple(text for _, text in written),
+            tuple(asked for asked, _ in written),
+        )  # fmt: skip
 
     def prompted(self, instruction: str) -> Response:
         """Return the response to an instruction before each prompt, without an edit."""
         found = continuations(
-            self._model, instructed(self._prompts, instruction),
+            self._model, instructed(self.prompts, instruction),
             max_new_tokens=self._max_new_tokens, temperature=self._temperature,
             seed=self._seed + 2,
         )  # fmt: skip
         # losses are read after the bare prompts, like everyone's
-        found = Continuations(self._prompts, found.texts)
-        return Response("prompt", None, (), None, self._judge.name, self._sums((found,)), (found,))
+        found = Continuations(self.prompts, found.texts)
+        return self._response("prompt", None, (), [(tuple(range(len(self.prompts))), found)])
 
-    def _sums(self, written: Sequence[Continuations]) -> Float[Tensor, "prompts 5"]:
+    def _sums(
+        self, written: Sequence[tuple[tuple[int, ...], Continuations]]
+    ) -> Float[Tensor, "prompts 5"]:
         """Return the mean over directions of what each prompt counts; NaN without a direction."""
-        rows = []
-        for one in written:
-            scores = self._judge(one.texts).double()
-            known = ~(scores.isnan() | self.unsteered.isnan())
+        total = torch.zeros(len(self.prompts), 5, dtype=torch.float64)
+        n_written = torch.zeros(len(self.prompts), 1, dtype=torch.float64)
+        for asked, one in written:
+            own = list(asked)
+            scores, usual = self._judge(one.texts).double(), self.unsteered[own]
+            known = ~(scores.isnan() | usual.isnan())
             fine = fluent(self._reader, one, self.band).double()
-            pair = (torch.where(known, values, 0) for values in (scores, self.unsteered))
-            rows.append(torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1))
-        if not rows:
-            return torch.full((len(self._prompts), 5), torch.nan, dtype=torch.float64)
-        return torch.stack(rows).mean(0)
+            pair = (torch.where(known, values, 0) for values in (scores, usual))
+            total[own] += torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1)
+            n_written[own] += 1
+        return total / n_written.clamp(min=1) if written else total + torch.nan

@@ -26,7 +26,7 @@ def edits():
 
 def test_rows_beside_each_other_equal_each_alone(toy_model, edits):
     tokens, lengths = encode_prompts(toy_model, PROMPTS)
-    beside = Beside(toy_model, edits, len(PROMPTS))
+    beside = Beside(toy_model, edits, 3 * [len(PROMPTS)])
     assert beside.sites == SITES
     with toy_model.steered(beside):
         both = toy_model.logits(tokens.repeat(3, 1), lengths=lengths.repeat(3))
@@ -48,4 +48,4 @@ def test_what_is_written_beside_each_other_is_written_alone(toy_model, edits, ma
 def test_each_list_of_edits_is_checked(toy_model, edits):
     wrong = [add(edits[0][0].handle, 7, 1.0)]
     with pytest.raises(ConfigError, match="has 3 latents"):
-        Beside(toy_model, [edits[0], wrong], 2)
+        Beside(toy_model, [edits[0], wrong], [2, 2])
