@@ -57,9 +57,9 @@ if SIZE == "toy":
 else:
     store = saelab.open_store(made["store"])
     known = [store.document(number).text for number in range(store.n_documents)]
-    rated = read_corpus(JudgeConfig(source="rated-films", label_field="sentiment"), known)
+    rated = read_corpus(JudgeConfig(source="rated-sentences", label_field="sentiment"), known)
     positive = torch.tensor([label == "positive" for label in rated.labels])
-    judge = NgramJudge(rated.texts, positive, corpus="rated-films")
+    judge = NgramJudge(rated.texts, positive, corpus="rated-sentences")
 TEXTS = ["A lovely, funny film.", "Dull from start to end.", "The boat and its sail were wet."]
 pd.DataFrame({"text": TEXTS, judge.name: judge(TEXTS)})
 

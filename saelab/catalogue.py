@@ -130,14 +130,17 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         rated=True,
     ),
     Asset(
-        "rated-products",
+        "rated-sentences",
         "text",
         _VADER_TEXTS + "amazonReviewSnippets_GroundTruth.txt",
-        "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
-        373_157,
-        2_448_964,
-        _VADER_LICENCE.format("customers' reviews on Amazon that Hu and Liu collected"),
-        "3,708 sentences of product reviews that 20 people rated: positive and negative ones",
+        "22fc3af1dae33e18b044680a67219e372afa14df31e8e3f60c3740b86d667ff0",
+        1_370_672,
+        3 * 2_448_964,
+        _VADER_LICENCE.format("Amazon, Twitter and the New York Times"),
+        "13,096 sentences of product reviews, tweets and editorials that 20 people rated",
+        tuple(
+            f"{_VADER_TEXTS}{name}_GroundTruth.txt" for name in ("tweets", "nytEditorialSnippets")
+        ),
         rated=True,
     ),
 )

@@ -18,7 +18,7 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
 from saelab.steering.judges import NgramJudge
-from saelab.steering.judging import Judges
+from saelab.steering.judging import Judges, judges_of
 from saelab.steering.rows import Rows
 from saelab.steering.scene import Scene, SteeringConfig, scene_of
 from saelab.steering.side_effects import (
@@ -147,7 +147,8 @@ class SteeringEvaluator:
             raise ConfigError("evaluate.evals: steering writes text and needs a live `model:`")
         scene = scene_of(self.config, dictionary, store, self.site)
         if store.content_hash not in self._judges:
-            self._judges = {store.content_hash: Judges(scene.labelled, self.config.judge)}
+            judges = judges_of(store, scene.labelled, self.config.judge)
+            self._judges = {store.content_hash: judges}
         for place in scene.places:
             key = (store.content_hash, scene.site, model.fingerprint, place)
             if key not in self._kept:

@@ -21,6 +21,7 @@ from saelab.edits.placement import Steerable
 from saelab.errors import ConfigError, nearest
 from saelab.harvest.sources import Request, records
 from saelab.labels import Labelled
+from saelab.protocols import LabelledStore, Store
 from saelab.steering.judges import NgramJudge, Validation, validate
 from saelab.steering.sweep import continuations
 
@@ -92,13 +93,15 @@ def _letters(text: str) -> str:
 class Judges:
     """The judges of a store's labels, each trained once."""
 
-    def __init__(self, labelled: Labelled, config: JudgeConfig | None) -> None:
-        """Read the corpus on which they learn, if there is one. `labelled` is in halves."""
+    def __init__(
+        self, labelled: Labelled, config: JudgeConfig | None, known: Iterable[str]
+    ) -> None:
+        """Read the corpus on which they learn, if there is one, without the texts that the store
+        holds, which are `known`. `labelled` is in halves."""
         self._labelled, self._config = labelled, config
         self._trained: dict[tuple[int, bool], NgramJudge] = {}
         self._corpus: JudgeCorpus | None = None
         if config is not None:
-            known = (text for part in labelled.parts.values() for text in part.texts)
             self._corpus = read_corpus(config, known)
             log.info(
                 "judges learn from %d texts of %s; %d more lie in the store and were left out",
@@ -164,3 +167,10 @@ class Judges:
         kept = targets[:, told].any(1) if int(told.sum()) > 1 else torch.ones(len(texts)).bool()
         some = [text for text, keep in zip(texts, kept.tolist(), strict=True) if keep]
         return some, targets[kept, place]
+
+
+def judges_of(store: Store, labelled: Labelled, config: JudgeConfig | None) -> Judges:
+    """Return the judges of a store's labels; where they learn elsewhere, from no text of it."""
+    assert isinstance(store, LabelledStore)  # its documents have labels
+    known = (store.document(number).text for number in range(store.n_documents))
+    return Judges(labelled, config, known)

@@ -24,7 +24,7 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, bootstrap, bootstrap_weights, weighted_auc
 from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
-from saelab.steering.judging import Judges
+from saelab.steering.judging import Judges, judges_of
 from saelab.steering.rows import Rows
 from saelab.steering.scene import Scene, SteeringConfig, scene_of
 from saelab.steering.signed_codes import best_signed, separated, two_sided
@@ -102,7 +102,8 @@ class SignsEvaluator:
             raise ConfigError("evaluate.evals: signs writes text and needs a live `model:`")
         scene = scene_of(self.config, dictionary, store, self.site)
         if store.content_hash not in self._judges:
-            self._judges = {store.content_hash: Judges(scene.labelled, self.config.judge)}
+            judges = judges_of(store, scene.labelled, self.config.judge)
+            self._judges = {store.content_hash: judges}
         for place in scene.places:
             key = (store.content_hash, scene.site, model.fingerprint, place)
             if key not in self._kept:

@@ -173,6 +173,16 @@ def test_two_fetches_at_once_download_once(cache, index, monkeypatch):
     assert len(set(results)) == 1
 
 
+def test_files_that_are_joined_lie_under_a_name_of_their_kind(cache, index, monkeypatch):
+    sha256 = hashlib.sha256(TEXT + TEXT).hexdigest()
+    asset = assets.Asset(
+        "twice", "text", SOURCE, sha256, 2 * len(TEXT), 4000, "package MIT", "twice", (SOURCE,)
+    )
+    monkeypatch.setitem(assets.CATALOGUE, "twice", asset)
+    found = assets.resolve("twice").path
+    assert (found.name, found.read_bytes()) == ("lines-and-1-more.txt", TEXT + TEXT)
+
+
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
     """An index of one project, whose only file is an sdist that must not be run."""

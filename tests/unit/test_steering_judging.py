@@ -9,6 +9,7 @@ from saelab.steering.judging import JudgeConfig, Judges, read_corpus
 from saelab.steering.kinds import judge_inputs
 from saelab.steering.scene import SteeringConfig
 
+KNOWN = ["Glad seen before."]
 WORDS = {"good": ("fine", "lovely", "kind"), "bad": ("dull", "awful", "mean")}
 
 
@@ -37,15 +38,15 @@ def config(tmp_path) -> JudgeConfig:
     return JudgeConfig(source=str(path), label_field="mood", labels=labels)
 
 
-def test_texts_that_the_store_holds_teach_no_judge(config, labelled):
-    found = read_corpus(config, [text for one in labelled.parts.values() for text in one.texts])
+def test_texts_that_the_store_holds_teach_no_judge(config):
+    found = read_corpus(config, KNOWN)
     assert (len(found.texts), found.n_shared) == (24, 1)
     assert set(found.labels) == {"good", "bad"}
     assert len(read_corpus(config.model_copy(update={"texts": 3}), []).texts) == 3
 
 
 def test_a_judge_says_what_its_own_corpus_taught_it(config, labelled):
-    judges = Judges(labelled, config)
+    judges = Judges(labelled, config, KNOWN)
     judge = judges.of(0)
     assert judge.name == f"ngrams({config.source})"
     low, high = judge(["dull, awful, mean", "fine and kind"]).tolist()
@@ -56,18 +57,18 @@ def test_a_judge_says_what_its_own_corpus_taught_it(config, labelled):
 
 
 def test_only_labels_that_the_corpus_tells_apart_validate_a_judge(config, labelled):
-    texts, truth = Judges(labelled, config)._unseen(0)
+    texts, truth = Judges(labelled, config, KNOWN)._unseen(0)
     assert [text.split()[0] for text in texts] == ["glad", "sad", "sad", "glad", "sad", "glad"]
     assert truth.tolist() == [True, False, False, True, False, True]
-    own, _ = Judges(labelled, None)._unseen(0)
+    own, _ = Judges(labelled, None, KNOWN)._unseen(0)
     assert own == list(labelled.parts["test"].texts)
-    half = Judges(labelled, None).of(0)
+    half = Judges(labelled, None, KNOWN).of(0)
     assert half.name == "ngrams(held-out half)"
 
 
 def test_a_concept_that_the_corpus_does_not_know_is_refused(config, labelled):
     with pytest.raises(ConfigError, match="has no text with the label 'other'"):
-        Judges(labelled, config).of(1)
+        Judges(labelled, config, KNOWN).of(1)
 
 
 def test_results_know_the_content_that_judges_learnt_from(config):
