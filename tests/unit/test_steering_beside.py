@@ -39,10 +39,14 @@ def test_rows_beside_each_other_equal_each_alone(toy_model, edits):
 
 @pytest.mark.parametrize("max_rows", [3, 7, 100])
 def test_what_is_written_beside_each_other_is_written_alone(toy_model, edits, max_rows):
-    found = continuations_beside(toy_model, PROMPTS, edits, max_new_tokens=4, max_rows=max_rows)
-    assert found == [continuations(toy_model, PROMPTS, own, max_new_tokens=4) for own in edits]
-    assert found[0] != found[1]
-    assert continuations_beside(toy_model, PROMPTS, []) == []
+    prompts = [PROMPTS, PROMPTS[:1], PROMPTS[1:]]
+    found = continuations_beside(toy_model, prompts, edits, max_new_tokens=4, max_rows=max_rows)
+    assert found == [
+        continuations(toy_model, given, own, max_new_tokens=4)
+        for given, own in zip(prompts, edits, strict=True)
+    ]
+    assert found[0].texts[0] != found[1].texts[0]
+    assert continuations_beside(toy_model, [], []) == []
 
 
 def test_each_list_of_edits_is_checked(toy_model, edits):
