@@ -129,16 +129,18 @@ def _number(value: float | None) -> str:
 
 def _judged(one: Scored, label: str) -> str:
     """Return who judged, and how well it tells texts apart that no edit has touched."""
-    held, generated = (
+    held, generated, own = (
         one.row(f"steering_judge_{side}_auroc({label})", "judge")
-        for side in ("heldout", "generated")
+        for side in ("heldout", "generated", "own")
     )
     assert held is not None and generated is not None
     name, *unvalidated = held["encoder"].split(", ")
     verdict = "unvalidated: one is below .8" if unvalidated else "both are at least .8"
+    at_home = f" It has {own['value']:.3f} on held-out text of its own corpus." if own else ""
     return (
         f"Judge: `{name}`, AUROC {held['value']:.3f} on held-out text and "
-        f"{generated['value']:.3f} on unsteered generations ({verdict}). {held['n']} prompts."
+        f"{generated['value']:.3f} on unsteered generations ({verdict}).{at_home} "
+        f"{held['n']} prompts."
     )
 
 

@@ -137,7 +137,7 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         1_370_672,
         3 * 2_448_964,
         _VADER_LICENCE.format("Amazon, Twitter and the New York Times"),
-        "13,096 sentences of product reviews, tweets and editorials that 20 people rated",
+        "13,098 sentences of product reviews, tweets and editorials that 20 people rated",
         tuple(
             f"{_VADER_TEXTS}{name}_GroundTruth.txt" for name in ("tweets", "nytEditorialSnippets")
         ),

@@ -8,7 +8,7 @@ learns from one half of the held-out documents, and its name says so.
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -22,6 +22,7 @@ from saelab.errors import ConfigError, nearest
 from saelab.harvest.sources import Request, records
 from saelab.labels import Labelled
 from saelab.protocols import LabelledStore, Store
+from saelab.stats import auc
 from saelab.steering.judges import NgramJudge, Validation, validate
 from saelab.steering.sweep import continuations
 
@@ -32,6 +33,8 @@ _HEAD = 12
 _VALIDATED = 64
 """Documents that are continued to validate a judge, at most."""
 _HALF = "held-out half"
+_HELD = 5
+"""One in so many texts of a judge's corpus is left out of its lesson, to see what it learnt."""
 
 
 class JudgeConfig(Config):
@@ -60,6 +63,12 @@ class JudgeCorpus:
     labels: tuple[str, ...]
     n_shared: int
     """Texts that were left out, since the store holds them too."""
+
+    def part(self, label: str, *, held: bool) -> tuple[list[str], Bool[Tensor, " n"]]:
+        """Return the texts that teach, or every fifth, which does not, and which have a label."""
+        own = [i for i in range(len(self.texts)) if (i % _HELD == 0) == held]
+        positive = torch.tensor([self.labels[i] == label for i in own])
+        return [self.texts[i] for i in own], positive
 
 
 def read_corpus(config: JudgeConfig, known: Iterable[str]) -> JudgeCorpus:
@@ -139,8 +148,8 @@ class Judges:
                 f"{nearest(label, sorted(known))}. Say what it calls each concept in "
                 "steering.judge.labels, or choose other steering.concepts"
             )
-        positive = torch.tensor([one == label for one in self._corpus.labels])
-        return self._corpus.texts, positive, self._config.source
+        texts, positive = self._corpus.part(label, held=False)
+        return texts, positive, self._config.source
 
     def _called(self, place: int) -> str:
         name = self._labelled.classes[place]
@@ -152,7 +161,12 @@ class Judges:
         texts, truth = self._unseen(place)
         heads = [" ".join(text.split()[:_HEAD]) for text in texts[:_VALIDATED]]
         written = continuations(model, heads, max_new_tokens=new_tokens, temperature=1.0, seed=seed)
-        return validate(self.of(place), (texts, truth), (written.texts, truth[:_VALIDATED]))
+        judge = self.of(place)
+        found = validate(judge, (texts, truth), (written.texts, truth[:_VALIDATED]))
+        if self._corpus is None:
+            return found
+        own, positive = self._corpus.part(self._called(place), held=True)
+        return replace(found, own_auroc=auc(judge(own), positive))
 
     def _unseen(self, place: int) -> tuple[list[str], Bool[Tensor, " n"]]:
         """Return the documents to validate on: with another corpus all held-out ones, of labels

@@ -54,8 +54,10 @@ class Rows:
 
     def judge(self) -> Iterator[ResultRow]:
         """Yield how well the judge tells texts apart that no edit has touched."""
-        for side in ("heldout_auroc", "generated_auroc"):
-            yield self.row(f"steering_judge_{side}", getattr(self.validation, side), "AUC", "judge")
+        for side in ("heldout_auroc", "generated_auroc", "own_auroc"):
+            value = getattr(self.validation, side)
+            if value is not None:
+                yield self.row(f"steering_judge_{side}", value, "AUC", "judge")
 
     def response(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:
         """Yield score, lift and fluency."""

@@ -73,7 +73,7 @@ def test_arms_are_told_apart_when_colours_run_out():
 
 
 def rows_of(lift: float):
-    rows = Rows("glad", Validation("some", 0.9, 0.7), 4, "steering", 2, 200, 0)
+    rows = Rows("glad", Validation("some", 0.9, 0.7, 0.95), 4, "steering", 2, 200, 0)
     yield from rows.judge()
     for arm, responses in arms(lift).items():
         yield rows.row("steering_reached", 1.0, "share", arm)
@@ -143,6 +143,7 @@ def test_the_page_has_a_row_per_type_and_control_and_its_figure(run, tmp_path):
     argv = [str(run), "--output", str(page), "--figure", str(picture)]
     steered.main(argv, said.append)
     text = page.read_text()
+    assert "It has 0.950 on held-out text of its own corpus." in text
     assert "AUROC 0.900 on held-out text and 0.700 on unsteered generations (unvalidated" in text
     lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     assert "| 2 |" in lines["| **run-a**"]

@@ -52,6 +52,7 @@ def test_orange_tables_have_two_more_header_lines(tmp_path):
 def test_rated_sentences_have_a_sentiment_where_it_is_clear(tmp_path, monkeypatch):
     path = tmp_path / "rated.txt"
     lines = ['1\t2.25\tSuch a "good" film,  truly.', "2\t-0.5\tMeh.", "3\t-3\tBad, bad. "]
+    lines.append("4\t2\tTwo files1\t2\tjoined.")
     path.write_text("".join(f"{line}\r\n" for line in lines))
     monkeypatch.setattr(rated, "SOURCES", frozenset([str(path)]))
     request = Request(str(path), "train", None, "sentiment", "line", streaming=True)

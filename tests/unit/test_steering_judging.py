@@ -66,6 +66,19 @@ def test_only_labels_that_the_corpus_tells_apart_validate_a_judge(config, labell
     assert half.name == "ngrams(held-out half)"
 
 
+def test_every_fifth_text_of_a_judges_corpus_only_tests_it(config, toy_model, labelled):
+    corpus = read_corpus(config, KNOWN)
+    taught, held = (corpus.part("good", held=held) for held in (False, True))
+    assert (len(taught[0]), len(held[0])) == (19, 5)
+    assert not set(taught[0]) & set(held[0])
+    assert held[1].tolist() == [text.split()[0] in WORDS["good"] for text in held[0]]
+    found = Judges(labelled, config, KNOWN).validated(0, toy_model, new_tokens=2, seed=0)
+    assert found.own_auroc == 1.0
+    assert Judges(labelled, None, KNOWN).validated(
+        0, toy_model, new_tokens=2, seed=0
+    ).own_auroc is None  # fmt: skip
+
+
 def test_a_concept_that_the_corpus_does_not_know_is_refused(config, labelled):
     with pytest.raises(ConfigError, match="has no text with the label 'other'"):
         Judges(labelled, config, KNOWN).of(1)
