@@ -143,4 +143,14 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         ),
         rated=True,
     ),
+    Asset(
+        "rated-words",
+        "text",
+        _VADER + "vaderSentiment/vader_sentiment_lexicon.txt",
+        "88645aa949987662301d41a3f26b950f41b239a4de4e0d4aee84857bf242e35d",
+        434_145,
+        2_448_964,
+        "package MIT, the list too; C. J. Hutto and E. Gilbert",
+        "VADER's lexicon: 7,500 words and signs that ten people rated from -4 to 4",
+    ),
 )

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from pydantic import PositiveInt
 from torch import Tensor
 
+from saelab import assets
 from saelab.config import Config
 from saelab.edits.placement import Steerable
 from saelab.errors import ConfigError, nearest
@@ -23,7 +24,7 @@ from saelab.harvest.sources import Request, records
 from saelab.labels import Labelled
 from saelab.protocols import LabelledStore, Store
 from saelab.stats import auc
-from saelab.steering.judges import NgramJudge, Validation, validate
+from saelab.steering.judges import LexiconJudge, NgramJudge, Validation, validate
 from saelab.steering.sweep import continuations
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,31 @@ def read_corpus(config: JudgeConfig, known: Iterable[str]) -> JudgeCorpus:
 
 def _letters(text: str) -> str:
     return re.sub(r"\W+", "", text.lower())
+
+
+def rated_lexicon(
+    *, positive: bool = True, source: str = "rated-words", least: float = 1.0
+) -> LexiconJudge:
+    """Return the judge that counts words that people rated above `least`, or below its opposite.
+
+    `source` has a word and its mean rating in each line, between tabs, as VADER's lexicon has.
+    Words that begin with a shorter one of four letters or more are its forms. Raises AssetError if
+    it cannot be had.
+    """
+    text = assets.resolve(source, "text").path.read_text(encoding="utf-8", errors="replace")
+    rated = (line.split("\t")[:2] for line in text.splitlines() if "\t" in line)
+    side = 1 if positive else -1
+    words = sorted({word for word, mean in rated if word.isalpha() and side * float(mean) > least})
+    lemmas: dict[str, list[str]] = {}
+    lemma = ""
+    for word in words:
+        if len(lemma) >= 4 and word.startswith(lemma):
+            lemmas[lemma].append(word)
+        else:
+            lemma = word
+            lemmas[lemma] = []
+    name = "positive" if positive else "negative"
+    return LexiconJudge(lemmas, source=f"{source}, {name}")
 
 
 @final

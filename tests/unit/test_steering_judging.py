@@ -5,7 +5,7 @@ import torch
 
 from saelab.errors import ConfigError
 from saelab.labels import Labelled, Part
-from saelab.steering.judging import JudgeConfig, Judges, read_corpus
+from saelab.steering.judging import JudgeConfig, Judges, rated_lexicon, read_corpus
 from saelab.steering.kinds import judge_inputs
 from saelab.steering.scene import SteeringConfig
 
@@ -92,3 +92,16 @@ def test_results_know_the_content_that_judges_learnt_from(config):
         file.write("good,more\n")
     assert judge_inputs([settings])["judges"][config.source] != before
     assert judge_inputs([SteeringConfig()]) == {}
+
+
+def test_rated_words_are_counted_by_lemma(tmp_path):
+    path = tmp_path / "words.txt"
+    rated = {"love": 3.2, "loved": 2.9, "lovely": 2.8, "win": 2.8, "winner": 2.8, "okay": 0.9,
+             ":)": 2.0, "hate": -2.7, "hated": -3.2}  # fmt: skip
+    path.write_text("".join(f"{word}\t{mean}\t0.5\t[1, 2]\n" for word, mean in rated.items()))
+    judge = rated_lexicon(source=str(path))
+    assert judge.name == f"lexicon({path}, positive)"
+    found = judge(["loved, lovely love", "win and winner", "okay :) hated", "love win winner"])
+    torch.testing.assert_close(found, torch.tensor([1.0, 2.0, 0.0, 3.0]) / 3)
+    hates = rated_lexicon(positive=False, source=str(path))
+    assert hates(["hate, hated", "love"]).tolist() == [pytest.approx(1 / 3), 0.0]
