@@ -14,7 +14,7 @@
 #
 # By default on the toy model, whose weights are random (seconds; it writes no sentences, and its
 # numbers mean nothing). `SIZE = "full"` is SmolLM2-135M on film reviews, with a judge that learnt
-# from other ones: about half an hour on two cores, most of it for the controls.
+# from other texts: about half an hour on two cores, most of it for the controls.
 
 # %%
 import os
@@ -170,7 +170,7 @@ from saelab.steering.side_effects import ce_sums, neutral_windows
 
 neutral = neutral_windows(store, handle.site, model, n=8)
 unit = torch.nn.functional.normalize(handle.dictionary.W_dec.detach()[[best.latent]].float(), dim=1)
-rows = torch.cat([best.sign * unit, isotropic(unit.shape[1], 20, seed=0)[:3]])
+rows = torch.cat([best.sign * unit, isotropic(unit.shape[1], 20, seed=0)])
 directions = Handle(Directions(rows), handle.site)
 strengths = [own.matched[0], *found.at("isotropic", dose).matched[:3]]
 pd.DataFrame(
@@ -191,21 +191,22 @@ pd.DataFrame(
 # opposite to first order: a claim of two signs needs controls as well, and both sides at one dose.
 
 # %%
-back = saelab.dose_response(
-    model, handle, best.latent, judge, store=store, sign=-best.sign, doses=(dose,),
-    max_new_tokens=NEW,
-)  # fmt: skip
-both = {
-    arm: {
-        "forwards": found.at(arm, dose).lift,
-        "backwards": back.at(arm, dose).lift,
-        "fluency backwards": back.at(arm, dose).fluency,
-    }
-    for arm in (name, "isotropic", "covariance", "matched_latents")
-}
-pd.DataFrame(both).T.round(3)
+from saelab.steering.trial import adding
+
+arms = {name: adding(directions, [0]), "isotropic": adding(directions, range(1, 21))}
+largest = 8 * handle.scales.mean_norm
+back = found.trial.responses(arms, [dose], largest=largest, sign=-1)
+pd.DataFrame(
+    [
+        {
+            "arm": one.arm, "forwards": found.at(one.arm, dose).lift, "backwards": one.lift,
+            "fluency forwards": found.at(one.arm, dose).fluency, "fluency backwards": one.fluency,
+        }
+        for one in back
+    ]
+).round(3)  # fmt: skip
 
 # %% [markdown]
-# Random arms are means over 20 directions here, so their two sides are about equal and small. The
-# evaluator `signs` holds the best of ten latents against the best of ten random directions instead,
+# The random arm is a mean over 20 directions, which is small on either side whatever one of them does.
+# The evaluator `signs` holds the best of ten latents against the best of ten random directions instead,
 # and `python -m saelab_experiments.verdicts claims/steering-signs` asks it on three seeds.
