@@ -17,7 +17,10 @@ _API = (
 )  # fmt: skip
 
 
-_ELSEWHERE = {"handle": "saelab.handles", "run": "saelab.pipeline", "steer": "saelab.edits"}
+_ELSEWHERE = {
+    "dose_response": "saelab.steering.explore", "handle": "saelab.handles",
+    "run": "saelab.pipeline", "steer": "saelab.edits",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

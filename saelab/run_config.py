@@ -20,7 +20,8 @@ from saelab.features.build import IndexConfig
 from saelab.harvest.corpus import CorpusConfig
 from saelab.harvest.harvest import HarvestConfig
 from saelab.members import Member, expand
-from saelab.steering.evaluator import SteeringConfig
+from saelab.steering.equal_norm import EqualNormConfig
+from saelab.steering.scene import SteeringConfig
 from saelab.store.synthetic import SyntheticConfig
 from saelab.train.fit import TrainConfig
 from saelab.types import holds_neurons
@@ -35,16 +36,18 @@ class ModelConfig(Config):
     """Compute dtype; `auto` takes bfloat16 where a short probe shows that it is faster."""
 
 
-EvalName = Literal["core", "truth", "probing", "concepts", "tpp", "scr", "steering"]
-_BY_LABELS = ("probing", "concepts", "tpp", "scr", "steering")
+EvalName = Literal[
+    "core", "truth", "probing", "concepts", "tpp", "scr", "steering", "signs", "equal_norm"
+]
+_BY_LABELS = ("probing", "concepts", "tpp", "scr", "steering", "signs")
 
 
 class EvaluateConfig(Config):
     """Which evaluators score each dictionary."""
 
     evals: list[EvalName] = ["core"]
-    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts`, `tpp`, `scr` and
-    `steering` need labels, and `steering` the model."""
+    """Evaluators by name; `truth` needs a planted store, `probing`, `concepts`, `tpp`, `scr`,
+    `steering` and `signs` need labels, and the last two and `equal_norm` the model."""
     core: CoreConfig = CoreConfig()
     """Settings of the core evaluator."""
     truth: TruthConfig = TruthConfig()
@@ -59,6 +62,10 @@ class EvaluateConfig(Config):
     """Settings of spurious correlation removal."""
     steering: SteeringConfig = SteeringConfig()
     """Settings of steering by concepts."""
+    signs: SteeringConfig = SteeringConfig()
+    """Settings of steering both ways; `instruction` is of no use there."""
+    equal_norm: EqualNormConfig = EqualNormConfig()
+    """Settings of pushing by one length."""
 
     def settings(self) -> dict[str, Config]:
         """Return each evaluator's settings by its name."""

@@ -195,6 +195,16 @@ def paired_difference(
     return Difference.of(float(difference(both.sum(0, keepdim=True))), drawn)
 
 
+def over_seeds(
+    replicates: Float[Tensor, "seeds resamples"], *, seed: int = 0
+) -> Float[Tensor, " resamples"]:
+    """Return the mean over seeds drawn anew for each resample: with resamples of documents that are
+    the same for all seeds, the hierarchical bootstrap over seeds and documents."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(replicates), replicates.shape, generator=generator)
+    return replicates.double().gather(0, drawn).mean(0)
+
+
 def _draws(
     n_documents: int, resamples: int, seed: int, width: int
 ) -> Iterator[Float[Tensor, "b docs"]]:

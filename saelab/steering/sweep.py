@@ -9,7 +9,7 @@ after the prompt leave it at 0.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,6 +26,8 @@ POSITIONS = 32
 """Positions of each continuation that a dose is taken over, at most."""
 MIN_PROMPTS = 8
 _STEPS = 16
+_START = 4
+"""Halvings of the largest strength at which the search for a dose begins."""
 _TEXTS = 8
 """Texts whose logits are held at once."""
 _WIGGLE = 0.02
@@ -43,7 +45,7 @@ class CleanText:
     """Prompt and continuation, right-padded."""
     prompt_lengths: Int[Tensor, " prompts"]
     lengths: Int[Tensor, " prompts"]
-    log_probs: list[Float[Tensor, "seen d_vocab"]]
+    log_probs: list[Float[Tensor, "_ d_vocab"]]
     """Per prompt: after its last token, then after each token of its continuation."""
 
 
@@ -83,7 +85,7 @@ def _log_probs(
     tokens: Int[Tensor, "prompts pos"],
     starts: Int[Tensor, " prompts"],
     lengths: Int[Tensor, " prompts"],
-) -> list[Float[Tensor, "seen d_vocab"]]:
+) -> list[Float[Tensor, "_ d_vocab"]]:
     logits = model.logits(tokens, lengths=lengths)
     return [
         row[start - 1 : end].log_softmax(-1)
@@ -188,6 +190,8 @@ class Matched:
     """The dose at that strength, or the largest dose that was seen."""
     monotone: bool
     """Whether the dose rose all the way up to the largest strength tried."""
+    kl_last_prompt: float | None = None
+    """The second dose at that strength, where it was measured."""
 
 
 def match_doses(
@@ -201,10 +205,11 @@ def match_doses(
 ) -> list[Matched]:
     """Return, for each target, the first strength from zero whose dose reaches it.
 
-    Strengths from `largest` / 2^(points − 1) to `largest`, each twice the last, bracket the first
-    crossing, which is narrowed until the dose is within a share `tolerance` above the target.
-    Each sign is searched by itself. Raises ConfigError for targets or strengths that are not
-    positive.
+    Strengths that are `largest` times a power of two, down to 2^(1 − points), bracket the first
+    crossing: from a sixteenth of `largest` down to a quarter of the smallest dose asked for, and up
+    to four times the largest. Where it lies is narrowed until the dose is within a share
+    `tolerance` above the target. Each sign is searched by itself. Raises ConfigError for targets or
+    strengths that are not positive.
     """
     if min(targets) <= 0 or largest <= 0 or sign not in (-1, 1):
         raise ConfigError(
@@ -215,8 +220,17 @@ def match_doses(
     def side(strength: float) -> float:
         return kl(sign * strength)
 
-    strengths = [largest * 2.0 ** (place + 1 - points) for place in range(points)]
-    seen = {strength: side(strength) for strength in strengths}
+    start = min(_START, points - 1)
+    seen: dict[float, float] = {}
+    for halvings in range(start, points):
+        seen[largest / 2**halvings] = dose_there = side(largest / 2**halvings)
+        if dose_there <= min(targets) / 4:
+            break
+    for halvings in range(start - 1, -1, -1):
+        if max(seen.values()) >= 4 * max(targets):
+            break
+        seen[largest / 2**halvings] = side(largest / 2**halvings)
+    seen = dict(sorted(seen.items()))
     doses = list(seen.values())
     monotone = all(after >= (1 - _WIGGLE) * before for before, after in pairwise(doses))
     found = []
@@ -265,16 +279,25 @@ def matched_strengths(
     *,
     largest: float,
     sign: int = 1,
+    points: int = 12,
+    tolerance: float = 0.01,
 ) -> list[Matched]:
     """Return the strengths at which edits have the given doses; see `match_doses`.
 
     `edit_at` makes the edits of one strength, for example `lambda s: [add(handle, 417, s)]`.
     """
+    seen: dict[float, Dose] = {}
 
     def kl(strength: float) -> float:
-        return dose(model, edit_at(strength), text).kl
+        seen[strength] = dose(model, edit_at(strength), text)
+        return seen[strength].kl
 
-    return match_doses(kl, targets, largest=largest, sign=sign)
+    found = match_doses(kl, targets, largest=largest, sign=sign, points=points, tolerance=tolerance)
+    return [
+        one if one.strength is None
+        else replace(one, kl_last_prompt=seen[one.strength].kl_last_prompt)
+        for one in found
+    ]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- response
@@ -308,11 +331,20 @@ def continuations(
                 tokens, max_new_tokens=max_new_tokens, temperature=temperature,
                 seed=seed + first, lengths=starts,
             )  # fmt: skip
-        n_new = whole.shape[1] - tokens.shape[1]
-        for row, start in zip(whole.cpu(), starts.tolist(), strict=True):
-            end = _end(model, row[: start + n_new], start)
-            texts.append(model.to_text(row[start:end].tolist()))
+        texts += written_texts(model, whole, starts, tokens.shape[1])
     return Continuations(tuple(prompts), tuple(texts))
+
+
+def written_texts(
+    model: Steerable, whole: Int[Tensor, "batch total"], starts: Int[Tensor, " batch"], pos: int
+) -> tuple[str, ...]:
+    """Return the text after each prompt in what `generate` gave for prompts of up to `pos`
+    tokens."""
+    n_new, texts = whole.shape[1] - pos, []
+    for row, start in zip(whole.cpu(), starts.tolist(), strict=True):
+        end = _end(model, row[: start + n_new], start)
+        texts.append(model.to_text(row[start:end].tolist()))
+    return tuple(texts)
 
 
 @torch.no_grad()

@@ -2,13 +2,13 @@
 
 Each arm is some directions of one kind: one latent, or twenty random directions. At every dose
 each direction gets its own matched strength, the model continues the prompts, and a judge and
-another model's loss read what it wrote. Numbers are means over an arm's directions, per prompt, so
-that arms are compared prompt by prompt.
+another model's loss read what it wrote. Of many directions each continues a part of the prompts.
+Numbers are means over an arm's directions, per prompt, so that arms are compared prompt by prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,8 +18,9 @@ from saelab.edits import Handle, LatentEdit, Where, add
 from saelab.edits.placement import Steerable
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
-from saelab.stats import Difference, bootstrap, paired_difference
+from saelab.stats import Difference, Statistic, bootstrap, paired_difference
 from saelab.steering.baselines import instructed
+from saelab.steering.beside import continuations_beside
 from saelab.steering.fluency import Band, band, fluent, steering_score
 from saelab.steering.judges import Judge
 from saelab.steering.sweep import (
@@ -28,9 +29,15 @@ from saelab.steering.sweep import (
     Matched,
     clean_text,
     continuations,
-    dose,
     matched_strengths,
 )
+
+_DOSED = 8
+"""Prompts on whose continuations doses are taken: as many as a dose needs."""
+_WRITERS = 5
+"""Directions of one arm that continue a prompt, where there are more."""
+_TOLERANCE = 0.05
+"""How finely doses are matched, as a share of them."""
 
 EditAt = Callable[[float], Sequence[LatentEdit]]
 """Makes the edits of one strength."""
@@ -43,6 +50,30 @@ def adding(handle: Handle, latents: Sequence[int], *, where: Where = "all") -> l
         return lambda strength: [add(handle, latent, strength, where=where)]
 
     return [one(latent) for latent in latents]
+
+
+def _lift(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
+    return (totals[:, 0] - totals[:, 1]) / totals[:, 2]
+
+
+def _fluency(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
+    return totals[:, 3] / totals[:, 4]
+
+
+def _score(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
+    pairs = zip(_lift(totals).tolist(), _fluency(totals).tolist(), strict=True)
+    return torch.tensor([steering_score(*pair) for pair in pairs], dtype=torch.float64)
+
+
+def shares(n_directions: int, n_prompts: int) -> list[tuple[int, ...]]:
+    """Return which prompts each direction of an arm continues: all, or of many directions each
+    every so many, so that each prompt is continued by at least five."""
+    every = max(1, n_directions // _WRITERS)
+    return [tuple(range(i % every, n_prompts, every)) for i in range(n_directions)]
+
+
+Measure = Literal["score", "lift", "fluency"]
+_STATISTICS: dict[Measure, Statistic] = {"score": _score, "lift": _lift, "fluency": _fluency}
 
 
 @dataclass(frozen=True)
@@ -59,9 +90,11 @@ class Response:
     judge: str
     sums: Float[Tensor, "prompts 5"]
     """Per prompt: judged score, unsteered score, whether both are known; fluent, and 1. Means over
-    the directions."""
+    the directions that continued it; 0 without one."""
     written: tuple[Continuations, ...]
     """Per direction that reached the dose, what the model wrote."""
+    asked: tuple[tuple[int, ...], ...] = ()
+    """Which prompts each of them continued."""
 
     @property
     def lift(self) -> float:
@@ -86,10 +119,18 @@ class Response:
     def _totals(self) -> Float[Tensor, "1 5"]:
         return self.sums.sum(0, keepdim=True)
 
-    def interval(self, *, resamples: int = 1000, seed: int = 0) -> Difference:
-        """Return the score with its 95 % interval over prompts."""
-        drawn = bootstrap(self.sums, _score, resamples=resamples, seed=seed)
-        return Difference.of(self.score, drawn)
+    def replicates(
+        self, measure: Measure = "score", *, resamples: int = 1000, seed: int = 0
+    ) -> Float[Tensor, " resamples"]:
+        """Return a measure in each resample of prompts; equal seeds draw the same prompts."""
+        return bootstrap(self.sums, _STATISTICS[measure], resamples=resamples, seed=seed)
+
+    def interval(
+        self, measure: Measure = "score", *, resamples: int = 1000, seed: int = 0
+    ) -> Difference:
+        """Return a measure with its 95 % interval over prompts."""
+        drawn = self.replicates(measure, resamples=resamples, seed=seed)
+        return Difference.of(getattr(self, measure), drawn)
 
     def over(self, other: "Response", *, resamples: int = 1000, seed: int = 0) -> Difference:
         """Return this score minus another arm's, paired by prompt, with its 95 % interval."""
@@ -111,6 +152,11 @@ class Selection:
     """Candidates that reached their dose; the others have no score and are never chosen."""
 
 
+def reported_half(n_prompts: int) -> Bool[Tensor, " prompts"]:
+    """Return which prompts are reported on: every other one; the first of each pair chooses."""
+    return torch.arange(n_prompts) % 2 == 1
+
+
 def select(candidates: Sequence[Response]) -> Selection | None:
     """Return the response with the best score on every other prompt, scored on the rest.
 
@@ -118,8 +164,8 @@ def select(candidates: Sequence[Response]) -> Selection | None:
     """
     if not candidates:
         raise ConfigError("there is no response to choose from; give `select` one or more")
-    choosing = torch.arange(len(candidates[0].sums)) % 2 == 0
-    halves = [[one.where(half) for one in candidates] for half in (choosing, ~choosing)]
+    reported = reported_half(len(candidates[0].sums))
+    halves = [[one.where(half) for one in candidates] for half in (~reported, reported)]
     first, second = (
         torch.tensor([one.score for one in half]).nan_to_num(-torch.inf) for half in halves
     )
@@ -128,19 +174,6 @@ def select(candidates: Sequence[Response]) -> Selection | None:
     if not n_reached:
         return None
     return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates), n_reached)
-
-
-def _lift(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
-    return (totals[:, 0] - totals[:, 1]) / totals[:, 2]
-
-
-def _fluency(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
-    return totals[:, 3] / totals[:, 4]
-
-
-def _score(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
-    pairs = zip(_lift(totals).tolist(), _fluency(totals).tolist(), strict=True)
-    return torch.tensor([steering_score(*pair) for pair in pairs], dtype=torch.float64)
 
 
 @final
@@ -164,16 +197,18 @@ class Trial:
         `fluency_model` should be another model; without one the steered model itself, unsteered,
         judges losses. Raises ConfigError for fewer than 8 prompts.
         """
-        self._model, self._prompts, self._judge = model, tuple(prompts), judge
+        self._model, self.prompts, self._judge = model, tuple(prompts), judge
         self._reader = fluency_model or model
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
-        self.text: CleanText = clean_text(model, prompts, temperature=temperature, seed=seed)
+        self.text: CleanText = clean_text(
+            model, self.prompts[:_DOSED], temperature=temperature, seed=seed
+        )
         self.usual: Continuations = continuations(
-            model, samples * self._prompts, max_new_tokens=max_new_tokens,
+            model, samples * self.prompts, max_new_tokens=max_new_tokens,
             temperature=temperature, seed=seed + 1,
         )  # fmt: skip
         self.band: Band = band(self._reader, self.usual)
-        scores = judge(self.usual.texts).double().reshape(samples, len(self._prompts))
+        scores = judge(self.usual.texts).double().reshape(samples, len(self.prompts))
         self.unsteered: Float[Tensor, " prompts"] = scores.nanmean(0)
         """Mean judged score of each prompt's unsteered continuations."""
 
@@ -185,59 +220,90 @@ class Trial:
         largest: float,
         sign: int = 1,
     ) -> Iterator[Response]:
-        """Yield each arm's response at each dose it reaches; `largest` is the largest strength
-        tried."""
-        for name, directions in arms.items():
-            found = [
-                matched_strengths(
-                    self._model, edit_at, self.text, doses, largest=largest, sign=sign
-                )
-                for edit_at in directions
-            ]
+        """Yield each arm's response at each dose; `largest` is the largest strength tried.
+
+        Strengths are matched for each direction by itself; what all directions of all arms write at
+        a dose is written together.
+        """
+        directions = [edit_at for arm in arms.values() for edit_at in arm]
+        asked = [own for arm in arms.values() for own in shares(len(arm), len(self.prompts))]
+        found = [
+            matched_strengths(
+                self._model, edit_at, self.text, doses,
+                largest=largest, sign=sign, tolerance=_TOLERANCE,
+            )
+            for edit_at in directions
+        ]  # fmt: skip
+        written = [
+            self._all_written(directions, asked, [per_dose[place] for per_dose in found])
+            for place in range(len(doses))
+        ]
+        first = 0
+        for name, arm in arms.items():
+            own = range(first, first + len(arm))
+            first += len(arm)
             for place, target in enumerate(doses):
-                matched = tuple(per_dose[place] for per_dose in found)
-                yield self._response(name, directions, target, matched)
+                yield self._response(
+                    name, target, tuple(found[i][place] for i in own),
+                    [(asked[i], text) for i in own if (text := written[place].get(i)) is not None],
+                )  # fmt: skip
+
+    def _all_written(
+        self,
+        directions: Sequence[EditAt],
+        asked: Sequence[tuple[int, ...]],
+        matched: Sequence[Matched],
+    ) -> dict[int, Continuations]:
+        """Return what each direction that has a strength writes after its prompts."""
+        edits = {
+            place: edit_at(one.strength)
+            for place, (edit_at, one) in enumerate(zip(directions, matched, strict=True))
+            if one.strength is not None
+        }
+        prompts = [[self.prompts[i] for i in asked[place]] for place in edits]
+        texts = continuations_beside(
+            self._model, prompts, list(edits.values()), max_new_tokens=self._max_new_tokens,
+            temperature=self._temperature, seed=self._seed + 2,
+        )  # fmt: skip
+        return dict(zip(edits, texts, strict=True))
 
     def _response(
         self,
         name: str,
-        directions: Sequence[EditAt],
-        target: float,
+        target: float | None,
         matched: tuple[Matched, ...],
+        written: Sequence[tuple[tuple[int, ...], Continuations]],
     ) -> Response:
-        edits = [
-            edit_at(one.strength)
-            for edit_at, one in zip(directions, matched, strict=True)
-            if one.strength is not None
-        ]
-        written = tuple(self._write(self._prompts, each) for each in edits)
-        seconds = [dose(self._model, each, self.text).kl_last_prompt for each in edits]
-        known = [kl for kl in seconds if kl is not None]
-        last = sum(known) / len(known) if known else None
-        return Response(name, target, matched, last, self._judge.name, self._sums(written), written)
+        known = [one.kl_last_prompt for one in matched if one.kl_last_prompt is not None]
+        return Response(
+            name, target, matched, sum(known) / len(known) if known else None, self._judge.name,
+            self._sums(written), tuple(text for _, text in written),
+            tuple(asked for asked, _ in written),
+        )  # fmt: skip
 
     def prompted(self, instruction: str) -> Response:
         """Return the response to an instruction before each prompt, without an edit."""
-        found = self._write(instructed(self._prompts, instruction), [])
-        # losses are read after the bare prompts, like everyone's
-        found = Continuations(self._prompts, found.texts)
-        return Response("prompt", None, (), None, self._judge.name, self._sums((found,)), (found,))
-
-    def _write(self, prompts: Sequence[str], edits: Sequence[LatentEdit]) -> Continuations:
-        return continuations(
-            self._model, prompts, edits, max_new_tokens=self._max_new_tokens,
-            temperature=self._temperature, seed=self._seed + 2,
+        found = continuations(
+            self._model, instructed(self.prompts, instruction),
+            max_new_tokens=self._max_new_tokens, temperature=self._temperature,
+            seed=self._seed + 2,
         )  # fmt: skip
+        # losses are read after the bare prompts, like everyone's
+        found = Continuations(self.prompts, found.texts)
+        return self._response("prompt", None, (), [(tuple(range(len(self.prompts))), found)])
 
-    def _sums(self, written: Sequence[Continuations]) -> Float[Tensor, "prompts 5"]:
+    def _sums(
+        self, written: Sequence[tuple[tuple[int, ...], Continuations]]
+    ) -> Float[Tensor, "prompts 5"]:
         """Return the mean over directions of what each prompt counts; NaN without a direction."""
-        rows = []
-        for one in written:
-            scores = self._judge(one.texts).double()
-            known = ~(scores.isnan() | self.unsteered.isnan())
+        total = torch.zeros(len(self.prompts), 5, dtype=torch.float64)
+        n_written = torch.zeros(len(self.prompts), 1, dtype=torch.float64)
+        for asked, one in written:
+            own = list(asked)
+            scores, usual = self._judge(one.texts).double(), self.unsteered[own]
+            known = ~(scores.isnan() | usual.isnan())
             fine = fluent(self._reader, one, self.band).double()
-            pair = (torch.where(known, values, 0) for values in (scores, self.unsteered))
-            rows.append(torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1))
-        if not rows:
-            return torch.full((len(self._prompts), 5), torch.nan, dtype=torch.float64)
-        return torch.stack(rows).mean(0)
+            pair = (torch.where(known, values, 0) for values in (scores, usual))
+            total[own] += torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1)
+            n_written[own] += 1
+        return total / n_written.clamp(min=1) if written else total + torch.nan

@@ -144,3 +144,21 @@ def test_the_difference_of_two_methods_resamples_is_the_paired_difference():
     again = stats.Difference.of(found.value, drawn[0] - drawn[1])
     assert again.standard_error == pytest.approx(found.standard_error)
     assert (again.low, again.high) == (pytest.approx(found.low), pytest.approx(found.high))
+
+
+# ----------------------------------------------------------------------------------- over seeds too
+
+
+def test_one_seed_adds_nothing_and_equal_seeds_neither():
+    drawn = torch.randn(1, 500, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(stats.over_seeds(drawn), drawn[0])
+    torch.testing.assert_close(stats.over_seeds(drawn.expand(4, -1)), drawn[0])
+
+
+def test_seeds_that_differ_alone_are_drawn_with_replacement():
+    values = torch.tensor([0.0, 3.0, 9.0])
+    found = stats.over_seeds(values[:, None].expand(3, 20_000))
+    wanted = float(values.var(correction=0) / 3) ** 0.5  # of a mean of three draws of three
+    assert float(found.std()) == pytest.approx(wanted, rel=0.03)
+    assert float(found.mean()) == pytest.approx(4.0, rel=0.02)
+    assert found.unique().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]

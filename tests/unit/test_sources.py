@@ -11,7 +11,9 @@ from letters import as_lines, read, texts
 
 from saelab.errors import CorpusError
 from saelab.harvest import corpus as corpora
+from saelab.harvest import rated
 from saelab.harvest.corpus import CorpusConfig
+from saelab.harvest.sources import Request, records
 from saelab.types import is_heldout
 
 
@@ -45,6 +47,19 @@ def test_orange_tables_have_two_more_header_lines(tmp_path):
         "Category\tText\nd\tstring\nclass\t\n\nsci\t" + "a" * 30 + "\nrec\t" + "b" * 30 + "\n"
     )
     assert found(path, label_field="Category") == [("a" * 30, "sci"), ("b" * 30, "rec")]
+
+
+def test_rated_sentences_have_a_sentiment_where_it_is_clear(tmp_path, monkeypatch):
+    path = tmp_path / "rated.txt"
+    lines = ['1\t2.25\tSuch a "good" film,  truly.', "2\t-0.5\tMeh.", "3\t-3\tBad, bad. "]
+    lines.append("4\t2\tTwo files1\t2\tjoined.")
+    path.write_text("".join(f"{line}\r\n" for line in lines))
+    monkeypatch.setattr(rated, "SOURCES", frozenset([str(path)]))
+    request = Request(str(path), "train", None, "sentiment", "line", streaming=True)
+    assert [(r.text, r.label) for r in records(request)] == [
+        ('Such a "good" film,  truly.', "positive"),
+        ("Bad, bad.", "negative"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["films.csv", "films.jsonl"])

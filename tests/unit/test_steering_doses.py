@@ -120,6 +120,12 @@ def test_a_curve_that_falls_is_flagged_and_its_first_crossing_taken():
     assert 4 * found.strength * math.exp(1 - found.strength) == pytest.approx(2.0, rel=0.02)
 
 
+def test_strengths_far_from_the_doses_are_not_tried():
+    tried = []
+    match_doses(lambda s: tried.append(s) or s * s, [0.04, 1.0], largest=16.0)
+    assert (min(tried), max(tried)) == (0.0625, 2.0)
+
+
 @pytest.mark.parametrize(("targets", "largest", "sign"), [([0.0], 1.0, 1), ([1.0], -1.0, 1)])
 def test_doses_that_cannot_be_are_refused(targets, largest, sign):
     with pytest.raises(ConfigError, match="positive"):

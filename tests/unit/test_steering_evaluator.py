@@ -1,24 +1,17 @@
 """The steering evaluator on the toy: a planted handle is found and beats what it should."""
 
 import math
-import random
 
 import pytest
 import torch
+from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direction
 
-from saelab import artifacts, dictionaries
 from saelab.errors import ConfigError
-from saelab.harvest.corpus import CorpusConfig
-from saelab.harvest.harvest import HarvestConfig, harvest
 from saelab.steering import evaluator as module
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
 from saelab.steering.sweep import Matched
-from saelab.steering.trial import Response
-from saelab.store import StoreWriter, open_store
+from saelab.steering.trial import Response, Trial
 
-SITE = "blocks.1.hook_resid_post"
-COMMON = ("the", "people", "of", "this", "state", "say", "that", "time", "and", "work")
-OWN = {"glad": ("good", "great"), "slow": ("old", "long")}
 CONFIG = SteeringConfig(
     concepts=("glad",), doses=(1.5,), new_tokens=3, candidates=1, per_label=3, rows=300,
     resamples=20,
@@ -27,35 +20,11 @@ CONFIG = SteeringConfig(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, toy_model):
-    folder, chance = tmp_path_factory.mktemp("steering"), random.Random(0)
-    lines = ["label,text"]
-    for number in range(110):
-        label = ("glad", "slow")[number % 2]
-        words = chance.choices(COMMON + 3 * OWN[label], k=12)
-        lines.append(f"{label},d{number}: {' '.join(words)}")
-    path = folder / "corpus.csv"
-    path.write_text("\n".join(lines) + "\n")
-    corpus = CorpusConfig(
-        source=str(path), tokens=1800, context=32, holdout=0.4, min_tail=4, label_field="label"
-    )
-    config = HarvestConfig(sites=(SITE,), batch_tokens=512)
-    with artifacts.open_draft(folder, "store", "toy", "c" * 64) as draft:
-        with StoreWriter(draft, {SITE: 32}, "float32", rows_per_shard=2000) as writer:
-            facts = harvest(toy_model, corpus, config, writer)
-        draft.finish(stage="store", name="toy", inputs={}, parents=[], facts=facts)
-    return open_store(draft.target)
+    return labelled_store(tmp_path_factory.mktemp("steering"), toy_model)
 
 
 def make_dictionary(toy_model, seed: int):
-    """Random latents, and latent 0 with the direction that writes the glad words."""
-    dictionary = dictionaries.create({"type": "topk", "d_in": 32, "d_sae": 20, "k": 8})
-    generator = torch.Generator().manual_seed(seed)
-    dictionary.init_(torch.randn(100, 32, generator=generator), generator)
-    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
-    unembed = toy_model._network.unembed.weight
-    with torch.no_grad():
-        dictionary.W_dec[0] = unembed[ids].mean(0) - unembed.mean(0)
-    return dictionary
+    return dictionary_with(word_direction(toy_model, OWN["glad"]), seed)
 
 
 def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monkeypatch):
@@ -82,8 +51,20 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     assert found["steering_others_change(glad)", "dictionary"].value >= 0
     for row in rows:
         assert row.encoder.startswith("ngrams(held-out half)")
-        assert (row.n, row.evaluator) == (8, "steering")
+        assert (row.n, row.evaluator) == (16 if "ce_change" in row.name else 8, "steering")
         assert math.isfinite(row.value), row.name
+        if row.name.startswith(("steering_score", "steering_ce", "steering_others")):
+            assert len(row.replicates) == 20
+    # the only dose is the chosen one; an instruction has none
+    assert {arm for name, arm in found if name == "steering_lift[dose=1.5](glad)"} == arms - {
+        "oracle", "prompt"
+    }  # fmt: skip
+    for arm in ("dictionary", "isotropic"):
+        at_dose = found["steering_lift[dose=1.5](glad)", arm]
+        assert torch.equal(at_dose.replicates, found["steering_lift(glad)", arm].replicates)
+    assert {arm for name, arm in found if name == "steering_ce_change(glad)"} == {
+        "dictionary", "mean_difference", "linear_probe"
+    }  # fmt: skip
     # what needs no dictionary is steered once
     again = list(evaluate(make_dictionary(toy_model, 1), store, toy_model))
     shared = {row.name: row for row in again if row.arm == "isotropic"}
@@ -93,7 +74,7 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
     missed = Matched(1.5, None, 0.2, True)
     nothing = Response("any", 1.5, (missed,), None, "none", torch.full((16, 5), math.nan), ())
-    monkeypatch.setattr(SteeringEvaluator, "_responses", lambda *_: [nothing])
+    monkeypatch.setattr(Trial, "responses", lambda _, arms, *__, **___: len(arms) * [nothing])
     rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
     assert {row.value for row in rows if row.name == "steering_reached(glad)"} == {0.0, 1.0}
     assert {row.arm for row in rows if row.name == "steering_score(glad)"} == {"prompt"}

@@ -16,7 +16,7 @@ from saelab.steering.candidates import (
     concept_tokens,
 )
 from saelab.steering.judges import LexiconJudge
-from saelab.steering.trial import Response, Trial, adding, select
+from saelab.steering.trial import Response, Trial, adding, select, shares
 
 SITE = "blocks.1.hook_resid_post"
 WORDS = ("can", "may", "will", "must", "should", "would", "could", "did")
@@ -43,19 +43,37 @@ def test_the_concept_is_lifted_by_its_direction_alone(trial, towards):
     arms = {"concept": adding(towards, [0]), "random": adding(towards, [1, 1])}
     concept, random = trial.responses(arms, [3.0], largest=200.0)
     assert concept.judge == "lexicon(two words)"
-    assert concept.matched[0].kl == pytest.approx(3.0, rel=0.011)
+    assert 3.0 <= concept.matched[0].kl <= 3.15
+    assert concept.kl_last_prompt == concept.matched[0].kl_last_prompt
     assert concept.kl_last_prompt > 0
     assert concept.lift > random.lift
     scores = trial._judge(concept.written[0].texts).double()
     assert concept.lift == pytest.approx(float((scores - trial.unsteered).mean()))
-    # two directions that are the same count as one
+    # sums are means over directions
     assert torch.equal(random.sums[:, 4], torch.ones(8).double())
-    assert random.written[0] == random.written[1]
+    assert random.matched[0] == random.matched[1]
     lead = concept.over(random)
     assert lead.low <= lead.value <= lead.high
     assert lead.value == pytest.approx(concept.score - random.score)
     assert concept.over(concept).value == concept.over(concept).high == 0
     assert concept.interval().value == concept.score
+    lift = concept.interval("lift")
+    assert lift.low <= lift.value == concept.lift <= lift.high
+
+
+def test_many_directions_share_the_prompts(trial, towards):
+    assert shares(2, 3) == 2 * [(0, 1, 2)]
+    many = shares(20, 16)
+    assert many[0] == (0, 4, 8, 12)
+    assert all(sum(place in own for own in many) == 5 for place in range(16))
+    (found,) = trial.responses({"concept": adding(towards, 10 * [0])}, [3.0], largest=200.0)
+    assert found.asked == 5 * ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert [len(one.texts) for one in found.written] == 10 * [4]
+    scores = torch.zeros(8).double()
+    for own, one in zip(found.asked, found.written, strict=True):
+        scores[list(own)] += trial._judge(one.texts).double() / 5
+    torch.testing.assert_close(found.sums[:, 0], scores)
+    assert torch.equal(found.sums[:, 4], torch.ones(8).double())
 
 
 def test_a_dose_out_of_reach_has_no_score(trial, towards):

@@ -1,0 +1,93 @@
+"""Result rows of a steered concept: each with its resamples over prompts, or over windows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.stats import ResultRow, Statistic, bootstrap, standard_error
+from saelab.steering.judges import Validation
+from saelab.steering.trial import Measure, Response
+
+UNITS: dict[Measure, str] = {"score": "score", "lift": "judge", "fluency": "share"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a concept have in common."""
+
+    label: str
+    validation: Validation
+    n: int
+    """Prompts that are reported."""
+    evaluator: str
+    version: int
+    resamples: int
+    seed: int
+
+    def row(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        arm: str,
+        replicates: Float[Tensor, " resamples"] | None = None,
+        *,
+        n: int | None = None,
+    ) -> ResultRow:
+        """Return a row; `n` is the number of prompts where nothing is said."""
+        judge = self.validation.judge + ("" if self.validation.validated else ", unvalidated")
+        return ResultRow(
+            f"{name}({self.label})", value, unit, self.n if n is None else n,
+            standard_error(replicates), self.version, arm, judge, self.evaluator, replicates,
+        )  # fmt: skip
+
+    def summed(
+        self, name: str, sums: Float[Tensor, "n q"], statistic: Statistic, unit: str, arm: str
+    ) -> ResultRow:
+        """Return a row of a statistic of sums per prompt or window."""
+        value = float(statistic(sums.sum(0, keepdim=True)))
+        drawn = bootstrap(sums, statistic, resamples=self.resamples, seed=self.seed)
+        return self.row(name, value, unit, arm, drawn, n=len(sums))
+
+    def judge(self) -> Iterator[ResultRow]:
+        """Yield how well the judge tells texts apart that no edit has touched."""
+        for side in ("heldout_auroc", "generated_auroc", "own_auroc"):
+            value = getattr(self.validation, side)
+            if value is not None:
+                yield self.row(f"steering_judge_{side}", value, "AUC", "judge")
+
+    def response(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:
+        """Yield score, lift and fluency."""
+        for measure, unit in UNITS.items():
+            drawn = response.replicates(measure, resamples=self.resamples, seed=self.seed)
+            value = getattr(response, measure)
+            yield self.row(f"steering_{measure}{suffix}", value, unit, arm, drawn)
+
+    def chosen(self, arm: str, response: Response, n_candidates: int) -> Iterator[ResultRow]:
+        """Yield what the chosen response did, at which dose, and among how many."""
+        yield from self.response(arm, response)
+        numbers = {
+            "dose": (response.target, "nats"),
+            "kl_last_prompt": (response.kl_last_prompt, "nats"),
+            "candidates": (float(n_candidates), "responses"),
+        }
+        for name, (value, unit) in numbers.items():
+            if value is not None:
+                yield self.row(f"steering_{name}", value, unit, arm)
+
+    def by_dose(self, arm: str, responses: Sequence[Response]) -> Iterator[ResultRow]:
+        """Yield score, lift and fluency at every dose that was reached, none of them chosen."""
+        for response in responses:
+            if response.written and response.target is not None:
+                yield from self.response(arm, response, f"[dose={response.target:g}]")
+
+    def lead(self, other: str, arm: str, first: Response, second: Response) -> ResultRow:
+        """Return how much more one arm scores than another, paired by prompt."""
+        drawn = [
+            one.replicates(resamples=self.resamples, seed=self.seed) for one in (first, second)
+        ]
+        value = first.score - second.score
+        return self.row(f"steering_score_over({other})", value, "score", arm, torch.sub(*drawn))

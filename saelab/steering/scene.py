@@ -1,0 +1,172 @@
+"""What steering evaluators know before anything is steered, and the arms that they steer by."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from saelab.config import Config
+from saelab.edits import Directions, Handle
+from saelab.errors import ConfigError
+from saelab.evals.labelled import checked_site, coordinates_of, latents_of, pool, seen_only
+from saelab.evals.sample import sample_rows
+from saelab.labels import Labelled, Part, labelled_documents
+from saelab.metrics.pooling import Pooled
+from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.steering import baselines
+from saelab.steering.candidates import by_detection, by_logit_effect, concept_tokens
+from saelab.steering.judging import JudgeConfig
+from saelab.steering.trial import EditAt, adding
+
+log = logging.getLogger(__name__)
+
+LARGEST = 8.0
+"""Largest change tried, in mean norms of the site's activations."""
+PROMPTS = (
+    "I think that", "Yesterday I", "The first thing to say is", "In my view,", "It began when",
+    "They told me that", "After a while", "Last week we", "What I remember is", "People say that",
+    "On the way home", "The main point is that", "As far as I know,", "This morning",
+    "We had heard that", "In the end",
+)  # fmt: skip
+"""Beginnings that say nothing of any concept."""
+
+
+class SteeringConfig(Config):
+    """Which concepts, prompts and doses; every arm is treated alike."""
+
+    concepts: tuple[str, ...] = ()
+    """Labels to steer by; by default all that are frequent enough."""
+    judge: JudgeConfig | None = None
+    """Another labelled corpus, on which judges learn; by default one half of the held-out
+    documents."""
+    prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
+    """Beginnings that are continued; half of them choose, the others are reported."""
+    instruction: str = "The following text is about {label}."
+    """What the prompt arm puts before each beginning; `{label}` stands for the label."""
+    doses: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    """Mean KL(clean ‖ steered) in nats to steer at."""
+    new_tokens: PositiveInt = 32
+    """Tokens that are written after each beginning."""
+    candidates: PositiveInt = 5
+    """Latents that are tried under each rule."""
+    documents: PositiveInt = 2000
+    """Documents of each split, at most."""
+    per_label: Annotated[int, Field(ge=2)] = 20
+    """Labels with fewer documents in a part are left out."""
+    rows: Annotated[int, Field(ge=2)] = 4096
+    """Activations behind covariances and densities."""
+    resamples: PositiveInt = 1000
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Of the random directions, of sampling and of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A dictionary, the labelled documents of its store, and what it says of them."""
+
+    config: SteeringConfig
+    dictionary: Dictionary
+    site: str
+    labelled: Labelled
+    """In halves: `train` chooses latents and directions."""
+    train: Part
+    """The training documents that have rows."""
+    codes: Pooled
+    means: Float[Tensor, "documents d"]
+    """Mean activation of each training document."""
+    rows: Float[Tensor, "rows d"]
+    """Activations of the training split."""
+    density: Float[Tensor, " d_sae"]
+
+    @property
+    def places(self) -> list[int]:
+        """The labels that are steered by, as places among the classes."""
+        asked = self.config.concepts
+        return [i for i, label in enumerate(self.labelled.classes) if not asked or label in asked]
+
+    @property
+    def largest(self) -> float:
+        """The largest strength tried, as a length."""
+        return LARGEST * float(self.rows.norm(dim=1).mean())
+
+    def positive(self, place: int) -> Bool[Tensor, " documents"]:
+        """Return which training documents have a label."""
+        return self.train.targets[:, place]
+
+    def arm(self, directions: Float[Tensor, "m d"]) -> list[EditAt]:
+        """Return an arm of unit directions, so that strengths are lengths."""
+        unit = Directions(F.normalize(directions.detach().float().cpu(), dim=1))
+        return adding(Handle(unit, self.site), range(len(directions)))
+
+    def own_arms(self, model: LanguageModel, place: int) -> list[list[EditAt]]:
+        """Return an arm of one direction for each candidate under each rule, signs put in."""
+        positive, n = self.positive(place), self.config.candidates
+        handle = Handle(self.dictionary, self.site)
+        words = concept_tokens(model, self.train.texts, positive)
+        found = by_detection(self.codes, positive, n) + by_logit_effect(model, handle, words, n)
+        W = self.dictionary.W_dec.detach()
+        return [self.arm(one.sign * W[[one.latent]]) for one in found]
+
+    def shared_arms(self, place: int, n_random: int) -> dict[str, list[EditAt]]:
+        """Return the arms that need no dictionary: two supervised ones, three kinds of random."""
+        x, positive, seed = self.means, self.positive(place), self.config.seed
+        width = self.rows.shape[1]
+        directions = {
+            "mean_difference": baselines.supervised(x, positive, "mean_difference"),
+            "linear_probe": baselines.supervised(x, positive, "linear_probe"),
+            "isotropic": baselines.isotropic(width, n_random, seed=seed),
+            "covariance": baselines.from_covariance(self.rows, n_random, seed=seed),
+            "shuffled_labels": baselines.shuffled_labels(x, positive, n_random, seed=seed),
+        }
+        return {name: self.arm(rows) for name, rows in directions.items()}
+
+    def matched_arm(self, model: LanguageModel, place: int, n: int) -> list[EditAt] | None:
+        """Return `n` latents like the best detector; None where too few are live to draw from."""
+        best = by_detection(self.codes, self.positive(place), 1)[0].latent
+        if self.density[best] == 0 or int((self.density > 0).sum()) <= n:
+            log.warning("steering: too few live latents for the control 'matched_latents'")
+            return None
+        handle, seed = Handle(self.dictionary, self.site), self.config.seed
+        like = baselines.matched_latents(model, handle, best, self.density, n, seed=seed)
+        return self.arm(self.dictionary.W_dec[like])
+
+
+@torch.no_grad()
+def scene_of(
+    config: SteeringConfig, dictionary: Dictionary, store: Store, site: str | None
+) -> Scene:
+    """Return what is known of a dictionary at a site, by default the store's only one.
+
+    Raises ConfigError without labels, or for concepts that are none of them.
+    """
+    site = checked_site(dictionary, store, site)
+    labelled = labelled_documents(
+        store, "halves", at_most=config.documents, per_class=config.per_label
+    )
+    _check_concepts(config, labelled.classes)
+    scorers = {"codes": latents_of(dictionary), "x": coordinates_of(store.width(site))}
+    part = labelled.parts["train"]
+    found, seen = pool(store, site, "train", part.documents, scorers, batch=1024)
+    sample = sample_rows(store, site, "train", config.rows, batch=1024, seed=config.seed)
+    rows = torch.cat([batch.x for batch in sample]).float()
+    fires = [dictionary.encode(x.to(dictionary.W_dec)) != 0 for x in rows.split(1024)]
+    density = torch.cat(fires).float().mean(0).cpu()
+    train = seen_only(part, seen, labelled, site)
+    means = found["x"].mean
+    return Scene(config, dictionary, site, labelled, train, found["codes"], means, rows, density)
+
+
+def _check_concepts(config: SteeringConfig, classes: Sequence[str]) -> None:
+    unknown = set(config.concepts) - set(classes)
+    if unknown:
+        raise ConfigError(
+            f"steering.concepts: {sorted(unknown)} are no labels with {config.per_label} "
+            f"documents in each part; there are {', '.join(classes)}"
+        )

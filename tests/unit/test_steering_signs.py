@@ -1,0 +1,114 @@
+"""Both signs: the smaller of two effects, and what signed codes tell of labels unsteered."""
+
+import math
+
+import pytest
+import torch
+from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direction
+
+from saelab.errors import ConfigError
+from saelab.metrics.pooling import Pooled
+from saelab.steering import signs
+from saelab.steering.scene import SteeringConfig
+from saelab.steering.signed_codes import best_signed, separated, two_sided
+from saelab.steering.signs import Pair, SignsEvaluator, choose
+from saelab.steering.trial import Response
+
+
+def response(scores: list[float], usual: float = 0.5) -> Response:
+    sums = torch.ones(len(scores), 5, dtype=torch.float64)
+    sums[:, 0], sums[:, 1] = torch.tensor(scores), usual
+    return Response("some", 0.1, (), None, "none", sums, ())
+
+
+def value(statistic, pair: Pair) -> float:
+    return float(statistic(pair.sums(reported=True).sum(0, keepdim=True)))
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "least", "opposed"),
+    [
+        (0.9, 0.2, 0.3, 0.3),  # both ways, the smaller counts
+        (0.9, 0.5, 0.0, 0.0),  # one side alone
+        (0.9, 0.8, 0.3, 0.0),  # both the same way
+        (0.5, 0.5, 0.0, 0.0),
+    ],
+)
+def test_the_smaller_of_both_effects_counts(up, down, least, opposed):
+    pair = Pair(response(4 * [up]), response(4 * [down]))
+    assert value(signs.least, pair) == pytest.approx(least)
+    assert value(signs.opposed, pair) == pytest.approx(opposed)
+
+
+def test_the_pair_is_chosen_on_the_first_half_and_read_on_the_second():
+    even = Pair(response(4 * [0.7]), response(4 * [0.3]))
+    lucky = Pair(response([1.0, 0.5, 1.0, 0.5]), response([0.0, 0.5, 0.0, 0.5]))
+    missed = Pair(response(4 * [math.nan]), response(4 * [math.nan]))
+    assert choose([missed, even, lucky]) is lucky
+    assert value(signs.least, lucky) == 0
+    assert choose([missed]) is None
+
+
+# ------------------------------------------------------------------------------------ signed codes
+
+
+def test_the_best_signed_code_is_found_whichever_way_round():
+    positive = torch.arange(8) < 4
+    scores = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    scores[:, 1] = torch.where(positive, -1.0, 1.0)
+    assert best_signed(scores, positive) == (1, -1)
+    assert best_signed(-scores, positive) == (1, 1)
+    assert best_signed(torch.zeros(8, 2), positive) == (0, 1)
+
+
+def test_a_latent_is_separated_if_its_signs_lie_in_different_documents():
+    positive = torch.arange(40) < 20
+    z = torch.zeros(40, 3)
+    z[:, 0] = torch.where(positive, 1.0, -1.0)
+    z[:, 1] = torch.where(torch.arange(40) % 2 == 0, 1.0, -1.0)
+    z[:20, 2] = 1.0  # one sign only
+    codes = Pooled(z.clamp(min=0), (-z).clamp(min=0), z)
+    both = two_sided((z > 0).double().mean(0), (z < 0).double().mean(0))
+    assert both.tolist() == [True, True, False]
+    assert separated(codes, positive, both).tolist() == [True, False, False]
+    assert not separated(codes, positive, torch.zeros(3, dtype=torch.bool)).any()
+    assert not two_sided(torch.tensor([5e-4]), torch.tensor([0.5])).any()
+
+
+# --------------------------------------------------------------------------------------- evaluator
+
+
+CONFIG = SteeringConfig(
+    concepts=("glad",), doses=(1.5,), new_tokens=3, candidates=1, per_label=3, rows=300,
+    resamples=20,
+)  # fmt: skip
+
+
+def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path):
+    store = labelled_store(tmp_path, toy_model)
+    between = word_direction(toy_model, OWN["glad"]) - word_direction(toy_model, OWN["slow"])
+    evaluate = SignsEvaluator(CONFIG, SITE)
+    rows = list(evaluate(dictionary_with(between, 0, "abs_topk"), store, toy_model))
+    found = {(row.name, row.arm): row for row in rows}
+    arms = ("dictionary", "mean_difference", "covariance")
+    least, opposed, up, down = (
+        {arm: found[f"signs_{name}(glad)", arm].value for arm in arms}
+        for name in ("least", "opposed", "up", "down")
+    )
+    for arm in arms:
+        assert least[arm] == pytest.approx(min(abs(up[arm]), abs(down[arm])))
+        assert opposed[arm] in (0, least[arm])
+        assert found["signs_dose(glad)", arm].value == 1.5
+    assert up["dictionary"] > 0 > down["dictionary"]
+    assert least["dictionary"] > least["covariance"]
+    lead = found["signs_least_over(covariance)(glad)", "dictionary"]
+    assert lead.value == pytest.approx(least["dictionary"] - least["covariance"])
+    assert len(lead.replicates) == 20
+    assert [found["signs_candidates(glad)", arm].value for arm in arms] == [2, 1, 2]
+    assert found["signs_auc(glad)", "dictionary"].value > 0.6
+    assert 0 < found["signs_two_sided_share(glad)", "dictionary"].value <= 1
+    # codes of one sign have no second side
+    rows = list(evaluate(dictionary_with(between, 0), store, toy_model))
+    assert [row.value for row in rows if "two_sided" in row.name] == [0, 0]
+    with pytest.raises(ConfigError, match="live `model:`"):
+        list(evaluate(dictionary_with(between, 0), store, None))
