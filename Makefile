@@ -2,9 +2,10 @@
 VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
-EXTRAS := lm,app,fast,plots,dev
+EXTRAS := lm,app,fast,plots,notebooks,dev
+SIZE   ?= full
 
-.PHONY: demo test check fmt ci app slow bench clean
+.PHONY: demo test check fmt ci app notebooks slow bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/saelab run experiments/quickstart/demo.yaml
@@ -34,6 +35,9 @@ ci: check test
 
 app: $(VENV)/ready
 	$(BIN)/saelab app runs/demo
+
+notebooks: $(VENV)/ready
+	$(BIN)/python notebooks/run.py --size $(SIZE)
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/harvest.py

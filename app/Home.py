@@ -4,7 +4,10 @@ from pathlib import Path
 
 import streamlit as st
 
+from saelab.show import STYLE
+
 st.set_page_config(page_title="saelab", page_icon="◈", layout="wide")
+st.html(f"<style>{STYLE}</style>")
 st.html(Path(__file__).parent / "components" / "style.css")
 page = st.navigation(
     [

@@ -2,19 +2,9 @@
 
 import math
 
+from saelab.show import value
 
-def value(x: float | None) -> str:
-    """Three significant digits, thousands with commas."""
-    if x is None:
-        return "–"
-    if not math.isfinite(x):
-        return str(x)
-    if abs(x) >= 1000:
-        return f"{x:,.0f}"
-    if x == int(x):
-        return f"{x:.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(x))))
-    return f"{x:.{min(digits, 6)}f}"
+__all__ = ["one_in", "percent", "value", "when"]
 
 
 def percent(x: float | None) -> str:

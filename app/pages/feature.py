@@ -8,6 +8,7 @@ import streamlit as st
 from saelab.errors import SaelabError
 from saelab.features import relations
 from saelab.features.read import ExampleGroup, Features, LatentPage, LatentStats
+from saelab.show import plain
 from saelab_app import state
 from saelab_app.components import charts, numbers, pieces, text, trees
 from saelab_app.library import Entry
@@ -147,7 +148,7 @@ def _browse(features: Features) -> None:
 
 def _safe(label: str) -> str:
     """Escape what Streamlit would read as Markdown in a label or a tooltip."""
-    shown = text.plain(label)
+    shown = plain(label)
     return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-.!|~$:^&" else c for c in shown)
 
 
@@ -270,7 +271,7 @@ def _origin(page: LatentPage, features: Features) -> None:
     origin = page.origin
     if origin is None:
         return
-    token = text.plain(origin.strings[origin.position])
+    token = plain(origin.strings[origin.position])
     st.html(
         pieces.heading("Where it comes from", "it is the activation at the underlined token")
         + text.example(

@@ -7,8 +7,10 @@ from typing import Any
 import streamlit as st
 
 from saelab.errors import SaelabError
+from saelab.features import live
 from saelab.features.read import Features
-from saelab_app import live, state
+from saelab.show import plain, tokens
+from saelab_app import state
 from saelab_app.components import numbers, pieces, text
 from saelab_app.library import Entry
 
@@ -122,7 +124,7 @@ def _panels(entry: Entry, features: Features, reading: live.Reading, seconds: fl
 def _coloured(entry: Entry, features: Features, reading: live.Reading, latent: int) -> None:
     stats = features.stats(latent)
     found = live.values(reading, latent)
-    strip = text.tokens(reading.strings, found, peak=abs(stats.peak), masked=reading.masked)
+    strip = tokens(reading.strings, found, peak=abs(stats.peak), masked=reading.masked)
     st.html(
         pieces.note(
             f"latent {latent} · {stats.gist} · fires on {len(found)} of {len(reading.strings)} "
@@ -139,13 +141,12 @@ def _coloured(entry: Entry, features: Features, reading: live.Reading, latent: i
 def _lost(reading: live.Reading) -> None:
     kept = {p: e for p, e in enumerate(reading.error) if p not in reading.masked}
     titles = {
-        p: f"“{text.plain(reading.strings[p])}” · {numbers.percent(e)} lost"
-        for p, e in kept.items()
+        p: f"“{plain(reading.strings[p])}” · {numbers.percent(e)} lost" for p, e in kept.items()
     }
     mean = sum(kept.values()) / len(kept) if kept else None
     # drawn in the colour of negative values, so that it cannot be taken for an activation
     orange = {p: -e for p, e in kept.items()}
-    strip = text.tokens(reading.strings, orange, peak=1.0, masked=reading.masked, titles=titles)
+    strip = tokens(reading.strings, orange, peak=1.0, masked=reading.masked, titles=titles)
     st.html(
         pieces.note(
             f"share of each token that the reconstruction misses · mean {numbers.percent(mean)}"
@@ -168,7 +169,7 @@ def _ranking(
         {
             "latent": [s.id for s in stats],
             "fires on": [s.gist for s in stats],
-            "at token": [text.plain(reading.strings[r.position]) for r in ranks[:SHOWN]],
+            "at token": [plain(reading.strings[r.position]) for r in ranks[:SHOWN]],
             "activation": [r.value for r in ranks[:SHOWN]],
             "of its maximum": [min(1.0, abs(r.value / peaks[r.latent])) if peaks[r.latent] else 1.0
                                for r in ranks[:SHOWN]],

@@ -8,8 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saelab import show
+from saelab.features import live
 from saelab.features.read import Example, ExampleGroup, Histogram, Neighbour, TokenShare
-from saelab_app import library, live
+from saelab_app import library
 from saelab_app.components import charts, numbers, pieces, scores, text
 from saelab_app.serve import command
 
@@ -95,9 +97,9 @@ def test_a_token_tells_its_value_position_and_document_when_hovered():
 
 
 def test_colour_follows_strength_and_sign():
-    assert text.colour(2.0, 2.0).endswith("0.72)")
-    assert "--sl-neg" in text.colour(-1.0, 2.0)
-    assert text.colour(0.0, 0.0).endswith("0.10)")
+    assert show.colour(2.0, 2.0).endswith("0.72)")
+    assert "--sl-neg" in show.colour(-1.0, 2.0)
+    assert show.colour(0.0, 0.0).endswith("0.10)")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A text read by the live model and encoded by a dictionary. No Streamlit here."""
+"""A text read by the live model and encoded by a dictionary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
