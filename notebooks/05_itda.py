@@ -17,7 +17,7 @@
 # much hangs on it.
 #
 # By default on toys whose weights are random. `SIZE = "full"` is SmolLM2-135M, five of its layers,
-# beside the same model in half precision.
+# beside the same model in half precision: some tens of minutes on two cores.
 
 # %%
 import os
@@ -131,9 +131,10 @@ px.imshow(
 )  # fmt: skip
 
 # %% [markdown]
-# Two random choices of as many rows overlap too, by this much. Compare it with the square in which
-# the *same* model stands beside itself in another order: what is lost there is lost by the order
-# alone.
+# Two random choices of as many rows overlap too, by this much. Two comparisons say what an overlap
+# is worth. The *same* model in another order: what is lost there is lost by the order alone. And,
+# of the toys, *other weights* that have only the text in common: what is left there the text does,
+# since a rare token is unusual in any model.
 
 # %%
 chance = chance_jaccard(ATOMS, ATOMS, ROWS)

@@ -35,6 +35,10 @@ class Html(str):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        """Say that it is there: notebooks keep this beside the HTML."""
+        return f"<HTML of {len(self):,} characters>"
+
     def _repr_html_(self) -> str:
         return str(self)
 

@@ -21,6 +21,7 @@ def test_a_heatmap_has_a_token_for_each_string_and_the_largest_in_full_colour():
     assert "&lt;i&gt;" in html
     assert "&lt;sizes&gt;" in html
     assert html._repr_html_() == html
+    assert repr(html) == f"<HTML of {len(html)} characters>"
 
 
 def test_values_by_position_and_a_given_peak_compare_texts():
