@@ -196,7 +196,7 @@ folder = features(
             "model": {"source": SETUP["model"], "dtype": "float32"},
             "dictionaries": dictionaries,
             "task": {"name": SETUP["task"], "pairs": SETUP["pairs"], "test_pairs": SETUP["pairs"]},
-            "graph": {"nodes": 40, "edge_share": 0.02},
+            "graph": {"nodes": 40, "edge_share": 0.005},
             "curves": {"sizes": [1, 3, 10, 30, 100], "draws": 1},
             "out": "runs/circuits",
         }
