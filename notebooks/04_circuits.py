@@ -154,10 +154,10 @@ agreement.groupby(["group", "method"])[shown].mean().sort_values("kendall", asce
 # repeat, since it knows nothing else.
 
 # %%
-Path("runs").mkdir(exist_ok=True)
-chance = random.Random(0)
 if SIZE == "toy":
+    chance = random.Random(0)
     runs = [chance.sample(model.words, 6) for _ in range(2000)]
+    Path("runs").mkdir(exist_ok=True)
     Path("runs/words.txt").write_text("\n".join(" ".join(words + words) for words in runs))
 
 sites = [f"blocks.{layer}.hook_resid_post" for layer in SETUP["layers"]]
@@ -203,13 +203,17 @@ folder = features(
     )
 )
 circuit = open_circuit(folder)
-figures.circuit(circuit.graph, circuit.graph.nodes, circuit.graph.edges)
+graph = circuit.graph
+sizes = pd.DataFrame([{"kind": node.kind, "effect": abs(node.effect)} for node in graph.nodes])
+print(f"{len(graph.nodes)} nodes hold {graph.share:.0%} of all effects; of theirs are")
+print((sizes.groupby("kind")["effect"].sum() / sizes["effect"].sum()).to_string())
+figures.circuit(graph, graph.nodes, graph.edges)
 
 # %%
-nodes = pd.DataFrame(circuit.graph.nodes[:15])
+nodes = pd.DataFrame(graph.nodes[:15])
 nodes["fires on"] = [
     index_of[node.site].stats(node.latent).gist if node.latent is not None else "(error)"
-    for node in circuit.graph.nodes[:15]
+    for node in graph.nodes[:15]
 ]
 nodes
 
@@ -218,7 +222,7 @@ nodes
 # there fit what it does in the task?
 
 # %%
-top = next(node for node in circuit.graph.nodes if node.latent is not None)
+top = next(node for node in graph.nodes if node.latent is not None)
 page = index_of[top.site].latent(top.latent)
 show.examples(page.groups[0].examples[:6], caption=top.id)
 
