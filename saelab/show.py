@@ -8,6 +8,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from jaxtyping import Float
+from torch import Tensor
+
 from saelab.errors import ShapeError
 from saelab.features.read import Example
 
@@ -32,6 +35,10 @@ class Html(str):
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        """Say that it is there: notebooks keep this beside the HTML."""
+        return f"<HTML of {len(self):,} characters>"
+
     def _repr_html_(self) -> str:
         return str(self)
 
@@ -41,7 +48,7 @@ class Html(str):
 
 def heatmap(
     strings: Sequence[str],
-    values: Mapping[int, float] | Iterable[float],
+    values: Mapping[int, float] | Iterable[float] | Float[Tensor, " pos"],
     *,
     peak: float | None = None,
     at: int | None = None,
@@ -55,7 +62,7 @@ def heatmap(
     and `masked` see `tokens`. Raises ShapeError if there are values without a token.
     """
     if not isinstance(values, Mapping):
-        listed = [float(v) for v in values]
+        listed = values.tolist() if isinstance(values, Tensor) else [float(v) for v in values]
         if len(listed) != len(strings):
             raise ShapeError(
                 f"{len(strings)} tokens came with {len(listed)} values; give one for each, or a "

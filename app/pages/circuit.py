@@ -5,11 +5,12 @@ from pathlib import Path
 
 import streamlit as st
 
+from saelab import figures
 from saelab.circuit_runs.features import Circuit, open_circuit, read_curves
 from saelab.circuits.graph import METRIC, Graph, Node
 from saelab.errors import SaelabError
 from saelab_app import circuits, state
-from saelab_app.components import charts, graph, numbers, pieces
+from saelab_app.components import charts, numbers, pieces
 from saelab_app.library import Entry
 
 SHOWN = 60
@@ -89,7 +90,7 @@ def _panels(circuit: Circuit, path: Path, entries: dict[str, Entry]) -> None:
     off: set[str] = st.session_state.setdefault(f"off {path.name}", set())
     picked = _picked(path, drawn)
     event = st.plotly_chart(
-        graph.figure(drawn, nodes, edges, off=off, picked=picked), config=charts.PLAIN,
+        figures.circuit(drawn, nodes, edges, off=off, picked=picked), config=charts.PLAIN,
         key=f"graph {path.name}", on_select="rerun", selection_mode="points",
     )  # fmt: skip
     clicked = [p["customdata"][0] for p in event["selection"]["points"] if p.get("customdata")]
@@ -98,7 +99,9 @@ def _panels(circuit: Circuit, path: Path, entries: dict[str, Entry]) -> None:
         state.choose("node", clicked[0])
         st.rerun(scope="fragment")
     st.html(
-        pieces.legend({"helps": graph.HELPS, "hinders": graph.HINDERS, "switched off": graph.OFF})
+        pieces.legend(
+            {"helps": figures.HELPS, "hinders": figures.HINDERS, "switched off": figures.OFF}
+        )
         + pieces.note("discs are latents, diamonds dictionaries' errors; click one")
     )
     left, right = st.columns([1.4, 1])
@@ -203,7 +206,7 @@ def _curves(circuit: Circuit, path: Path) -> None:
         pieces.heading("Faithfulness", "of circuits of growing size, on other prompts")
         + pieces.legend(colour)
     )
-    figure = graph.faithfulness(found, circuit.manifest.facts["ceiling"], colour)
+    figure = figures.faithfulness(found, circuit.manifest.facts["ceiling"], colour)
     st.plotly_chart(figure, config=charts.PLAIN, key="faithfulness")
 
 

@@ -11,7 +11,7 @@ Layer matching: Leask et al. 2025, arXiv 2505.17769, section 5; Kornblith et al.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -98,8 +98,11 @@ def compare(
     return found | {"regression": Likeness(forth["regression"], back.T)}
 
 
-def compare_keys(first: Sequence[Iterable[int]], second: Sequence[Iterable[int]]) -> Likeness:
-    """Return the Jaccard index of the keys of all pairs of layers' dictionaries."""
+def compare_keys(
+    first: Sequence[Iterable[Hashable]], second: Sequence[Iterable[Hashable]]
+) -> Likeness:
+    """Return the Jaccard index of the keys of all pairs of layers' dictionaries: row numbers, or
+    places in the text."""
     left, right = [set(keys) for keys in first], [set(keys) for keys in second]
     values = [[jaccard(a, b) for b in right] for a in left]
     return Likeness.symmetric(torch.tensor(values, dtype=torch.float64))

@@ -28,7 +28,10 @@ WORDS = (
 """What a model that is named by its source knows."""
 Block = Literal["token", "before", "position", "said", "dump"]
 CONTEXT = 32
+SHARP = 1e3
+"""Logit of attention at which a head attends to one place exactly."""
 _CHARACTER = re.compile(".", re.DOTALL)
+_SOURCE = re.compile(r"handwired:induction(?::sharpness=(\d+(?:\.\d+)?))?")
 
 
 @dataclass(frozen=True)
@@ -120,16 +123,18 @@ def is_handwired(source: str) -> bool:
 
 
 def named(source: str) -> HandwiredModel:
-    """Return the model that `handwired:induction` names. Raises ConfigError for another name."""
-    if source != "handwired:induction":
+    """Return the model that `handwired:induction` names, with soft attention if its sharpness is
+    given, as in `handwired:induction:sharpness=5`. Raises ConfigError for another name."""
+    found = _SOURCE.fullmatch(source)
+    if found is None:
         raise ConfigError(
-            f"a hand-wired model is `handwired:induction`, but {source!r} came; others are built "
-            "in Python (`models.handwired`)"
+            "a hand-wired model is `handwired:induction` or `handwired:induction:sharpness=5`, but "
+            f"{source!r} came; others are built in Python (`models.handwired`)"
         )
-    return induction_model(WORDS)
+    return induction_model(WORDS, sharpness=float(found[1] or SHARP))
 
 
-def induction_model(words: Sequence[str], *, sharpness: float = 1e3) -> HandwiredModel:
+def induction_model(words: Sequence[str], *, sharpness: float = SHARP) -> HandwiredModel:
     """Return a model that repeats runs of words, by heads (0, 0) and (1, 0).
 
     Head (0, 0) writes the token before into each position; head (1, 0) looks for a position whose

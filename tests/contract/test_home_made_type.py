@@ -9,14 +9,13 @@ from typing import Annotated, Literal, final
 
 import pytest
 import torch
-from dictionary_laws import LAWS, round_trip_law
 from doubles import planted_store
 from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor, nn
 
 import saelab
-from saelab import dictionaries
+from saelab import dictionaries, laws
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
 from saelab.errors import ArtifactError, ConfigError
 from saelab.ops import linalg
@@ -80,13 +79,9 @@ def _registered():
         yield
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
 def test_a_home_made_type_obeys_the_law(law):
-    law("home_made")
-
-
-def test_a_home_made_type_is_loaded_as_it_was_saved(tmp_path):
-    round_trip_law("home_made", tmp_path)
+    law(lambda: laws.ready("home_made"))
 
 
 def test_a_home_made_type_trains_beside_the_shipped_ones():

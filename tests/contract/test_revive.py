@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from dictionary_laws import batch_of, ready, some_rows
+from dictionary_laws import ready
 from doubles import ArrayStore
 
 from saelab.dictionaries import REGISTRY, create
 from saelab.dictionaries.affine import REVIVED
+from saelab.laws import batch_of, some_rows
 from saelab.protocols import GradientTrained
 from saelab.train.fit import Member, Sweep, TrainConfig
 

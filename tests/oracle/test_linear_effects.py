@@ -7,6 +7,8 @@ from circuit_tasks import induction, inhibition, random_pairs
 from saelab.circuits.effects import agreement
 from saelab.circuits.linear import attribution_patching
 from saelab.circuits.patching import PatchConfig, patch
+from saelab.errors import ConfigError
+from saelab.models.handwired import WORDS, induction_model, named
 
 
 @pytest.mark.parametrize("position", ["all", "end"])
@@ -32,6 +34,14 @@ def test_no_gradient_passes_through_attention_that_is_saturated_and_some_does_ot
     assert bool((first.effect()[[0, 2]] > 0.01).all())
     assert bool((first.effect()[[1, 3]] == 0).all())
     assert agreement(first, exact)["spearman"] > 0.7
+
+
+def test_a_hand_wired_models_name_may_say_how_sharply_it_attends():
+    for name, sharpness in (("", 1e3), (":sharpness=5", 5.0), (":sharpness=2.5", 2.5)):
+        made = induction_model(WORDS, sharpness=sharpness)
+        assert named(f"handwired:induction{name}").fingerprint == made.fingerprint
+    with pytest.raises(ConfigError, match=r":sharpness=5.*'handwired:other' came"):
+        named("handwired:other")
 
 
 def test_integrated_gradients_are_nearer_to_the_exact_effect_of_a_soft_head():

@@ -1,6 +1,7 @@
 """Text coloured by numbers: what it escapes, how it scales, what it refuses."""
 
 import pytest
+import torch
 
 from saelab import show
 from saelab.errors import ShapeError
@@ -20,9 +21,12 @@ def test_a_heatmap_has_a_token_for_each_string_and_the_largest_in_full_colour():
     assert "&lt;i&gt;" in html
     assert "&lt;sizes&gt;" in html
     assert html._repr_html_() == html
+    assert repr(html) == f"<HTML of {len(html)} characters>"
 
 
 def test_values_by_position_and_a_given_peak_compare_texts():
+    row = torch.tensor([0.0, 1.0, 0.0], requires_grad=True)
+    assert show.heatmap(["a", "b", "c"], row) == show.heatmap(["a", "b", "c"], [0.0, 1.0, 0.0])
     html = show.heatmap(["a", "b", "c"], {1: 1.0}, peak=4.0, at=1, masked=frozenset({0}))
     assert body(html).count("style=") == 1
     assert show.colour(1.0, 4.0) in html

@@ -1,4 +1,7 @@
-"""The picture of a circuit: sites upwards, slots to the right, edges as wide as they weigh."""
+"""Pictures of a circuit, for the app and for notebooks: the graph, and its curves.
+
+Plotly comes with the extras `app` and `notebooks`; nothing else of the library needs this module.
+"""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -41,7 +44,7 @@ def used_slots(graph: Graph, nodes: Sequence[Node]) -> list[str]:
     return [slot for slot in graph.slots if slot in used]
 
 
-def figure(
+def circuit(
     graph: Graph,
     nodes: Sequence[Node],
     edges: Sequence[Edge],
@@ -49,7 +52,11 @@ def figure(
     off: Collection[str] = (),
     picked: str | None = None,
 ) -> go.Figure:
-    """Return the picture; a point's customdata is the node's id."""
+    """Return the graph: sites upwards, slots to the right, edges as wide as they weigh.
+
+    `nodes` and `edges` are those of the graph that are drawn, `off` and `picked` ids of nodes. A
+    point's customdata is the node's id. Edges into the metric are not drawn.
+    """
     at = places(graph, nodes)
     sites, slots = [site.name for site in graph.sites], used_slots(graph, nodes)
     drawn = go.Figure(
@@ -142,18 +149,23 @@ def _short(site: str) -> str:
 def faithfulness(
     curves: Mapping[str, Sequence[CurvePoint]],
     ceiling: float,
-    colour: Mapping[str, str],
+    colour: Mapping[str, str] | None = None,
 ) -> go.Figure:
-    """Return faithfulness against the number of nodes, an arm a line, and the ceiling."""
+    """Return faithfulness against the number of nodes, an arm a line, and the ceiling.
+
+    Without colours by arm Plotly's own are taken, and a legend says whose they are.
+    """
     drawn = go.Figure(
-        layout=go.Layout(height=300, showlegend=False, margin={"l": 4, "r": 8, "t": 8, "b": 4})
+        layout=go.Layout(
+            height=300, showlegend=colour is None, margin={"l": 4, "r": 8, "t": 8, "b": 4}
+        )
     )
     for arm, points in curves.items():
         errors: list[Any] = [point.standard_error or 0.0 for point in points]
         drawn.add_scatter(
             x=[p.n_nodes for p in points], y=[p.value for p in points], name=arm,
             error_y={"array": errors, "thickness": 1, "width": 3}, mode="lines+markers",
-            line={"color": colour[arm], "width": 1.8},
+            line={"color": None if colour is None else colour[arm], "width": 1.8},
             hovertemplate="%{x} nodes: %{y:.3f}<extra>" + arm + "</extra>",
         )  # fmt: skip
     drawn.add_hline(y=ceiling, line={"dash": "dot", "width": 1}, annotation_text="all latents")
