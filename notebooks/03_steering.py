@@ -8,9 +8,9 @@
 # %% [markdown]
 # # Steer a model by a latent, beside controls
 #
-# Adding a latent's direction to the activations changes what the model writes. So does adding *any*
-# direction, if it is long enough. Whether the latent is a handle on its concept shows only beside
-# directions that know nothing of it, pushed equally far.
+# Adding a latent's direction to the activations changes what the model writes. So does adding
+# *any* direction, if it is long enough. Whether the latent is a handle on its concept shows only
+# beside directions that know nothing of it, pushed equally far.
 #
 # By default on the toy model, whose weights are random (seconds; it writes no sentences, and its
 # numbers mean nothing). `SIZE = "full"` is SmolLM2-135M on film reviews, with a judge that learnt
@@ -21,7 +21,9 @@ import os
 
 SIZE = os.environ.get("SAELAB_NOTEBOOK_SIZE", "toy")  # or "full"
 SOURCE, CONFIG, MEMBER, CONCEPT, DOSES, NEW = {
-    "toy": ("toy", "quickstart/toy", "{type: abs_topk, d_sae: 256, k: 8}", "harbour", (0.1, 0.8), 8),
+    "toy": (
+        "toy", "quickstart/toy", "{type: abs_topk, d_sae: 256, k: 8}", "harbour", (0.1, 0.8), 8,
+    ),
     "full": (
         "smollm2-135m", "steering/sentiment", "{type: abs_topk, d_sae: 4096, k: 32, lr: 6e-3}",
         "fresh", (0.05, 0.1, 0.2, 0.4, 0.8), 32,
@@ -43,9 +45,9 @@ pd.DataFrame([{"stage": s.stage, "status": s.status, "folder": s.path.name} for 
 # %% [markdown]
 # ## The judge, before anything is steered
 #
-# It reads text only, and is fixed first. In the toy it counts the concept's words; at full size it is a
-# classifier of n-grams that learnt from *another* corpus than the one that will choose the latent,
-# without the sentences that both hold.
+# It reads text only, and is fixed first. In the toy it counts the concept's words; at full size
+# it is a classifier of n-grams that learnt from *another* corpus than the one that will choose
+# the latent, without the sentences that both hold.
 
 # %%
 from saelab.steering.judges import LexiconJudge, NgramJudge
@@ -66,9 +68,10 @@ pd.DataFrame({"text": TEXTS, judge.name: judge(TEXTS)})
 # %% [markdown]
 # ## A first experiment
 #
-# Load, choose a latent by the label of *training* documents, steer by it and by its controls at equal
-# doses, and draw. A dose is the KL between what the clean and the steered model predict, on the clean
-# model's own continuations: equal doses push the model equally far, equal strengths do not.
+# Load, choose a latent by the label of *training* documents, steer by it and by its controls at
+# equal doses, and draw. A dose is the KL between what the clean and the steered model predict, on
+# the clean model's own continuations: equal doses push the model equally far, equal strengths do
+# not.
 
 # %%
 from saelab.steering.candidates import by_detection
@@ -78,7 +81,7 @@ model = saelab.load_model(SOURCE)
 store = saelab.open_store(made["store"])
 handle = saelab.handle(made["dictionary"], store)
 scene = scene_of(
-    SteeringConfig(concepts=(CONCEPT,), per_label=5), handle.dictionary, store, handle.site
+    SteeringConfig(concepts=(CONCEPT,), per_label=2), handle.dictionary, store, handle.site
 )
 best = by_detection(scene.codes, scene.positive(scene.places[0]))[0]
 found = saelab.dose_response(
@@ -88,13 +91,14 @@ found = saelab.dose_response(
 found.figure(f"{CONCEPT}: latent {best.latent} of {handle.name}")
 
 # %% [markdown]
-# Read it so. Coloured above grey: the latent says something of its concept that random directions do
-# not. Grey rises too: pushing alone moves the judge, or fluency has gone and the judge reads noise. The
-# middle panel tells which. The instruction is the level to beat, and in small models it often does
-# not work either.
+# Read it so. Coloured above grey: the latent says something of its concept that random directions
+# do not. Grey rises too: pushing alone moves the judge, or fluency has gone and the judge reads
+# noise. The middle panel tells which. The instruction is the level to beat, and in small models
+# it often does not work either.
 #
 # One latent was chosen here, on training documents, and every prompt counts. `evaluate: {evals:
-# [steering]}` chooses among ten latents and five doses on half of the prompts and reports the others.
+# [steering]}` chooses among ten latents and five doses on half of the prompts and reports the
+# others.
 
 # %%
 rows = [
@@ -110,13 +114,13 @@ pd.DataFrame(rows).round(3)
 # %% [markdown]
 # ## What it wrote
 #
-# Numbers hide a lot. The same prompts unsteered, steered at the largest dose, and steered by a random
-# direction at the same dose (of twenty, each continues a quarter of the prompts).
+# Numbers hide a lot. The same prompts unsteered, steered at the largest dose, and steered by a
+# random direction at the same dose (of twenty, each continues a quarter of the prompts).
 
 # %%
 name, dose = f"latent {best.latent}", max(DOSES)
 own, other = found.at(name, dose), found.at("covariance", dose)
-at_random = {p: t for some in other.written for p, t in zip(some.prompts, some.texts)}
+at_random = {p: t for some in other.written for p, t in zip(some.prompts, some.texts, strict=True)}
 pd.DataFrame(
     [
         {
@@ -124,7 +128,7 @@ pd.DataFrame(
             "a random direction": at_random.get(prompt, ""),
         }
         for prompt, usual, steered in zip(
-            found.trial.prompts, found.trial.usual.texts, own.written[0].texts
+            found.trial.prompts, found.trial.usual.texts, own.written[0].texts, strict=True
         )
     ]
 ).head(6)  # fmt: skip
@@ -132,16 +136,22 @@ pd.DataFrame(
 # %% [markdown]
 # ## Edits by hand, and where they stand
 #
-# An edit changes codes, and what the dictionary does not reconstruct stays as it is. Strength may be in
-# units of the latent's typical maximum; positions are all, the prompt's, those after it, or tokens
-# that match a pattern. Edits are plain data: the YAML below can be read back.
+# An edit changes codes, and what the dictionary does not reconstruct stays as it is. Strength may
+# be in units of the latent's typical maximum; positions are all, the prompt's, those after it, or
+# tokens that match a pattern. Edits are plain data: the YAML below can be read back.
 
 # %%
 from saelab.edits import TokenPattern, add, project_out, to_yaml
-from saelab.steering.sweep import clean_text, dose as dose_of
+from saelab.steering.sweep import clean_text
+from saelab.steering.sweep import dose as dose_of
 
 text = clean_text(model, found.trial.usual.prompts[:8], positions=NEW)
-places = {"all": "all", "prompt": "prompt", "after": "after", "tokens with a t": TokenPattern(tokens="t")}
+places = {
+    "all": "all",
+    "prompt": "prompt",
+    "after": "after",
+    "tokens with a t": TokenPattern(tokens="t"),
+}
 edits = {
     where: add(handle, best.latent, best.sign * 2.0, unit="typical_max", where=at)
     for where, at in places.items()
@@ -149,9 +159,7 @@ edits = {
 edits["the direction taken out"] = project_out(handle, best.latent)
 doses = {where: dose_of(model, [edit], text) for where, edit in edits.items()}
 print(to_yaml([edits["after"]]))
-pd.DataFrame(
-    {w: {"KL": d.kl, "KL after the prompt": d.kl_last_prompt} for w, d in doses.items()}
-).T
+pd.DataFrame({w: {"KL": d.kl, "KL after the prompt": d.kl_last_prompt} for w, d in doses.items()}).T
 
 # %%
 with saelab.steer(model, edits["after"]):
@@ -160,8 +168,8 @@ with saelab.steer(model, edits["after"]):
 # %% [markdown]
 # ## Side effects
 #
-# What the edit costs on text that is about something else: the change of the cross-entropy on held-out
-# windows, for the latent and for random directions at the same dose.
+# What the edit costs on text that is about something else: the change of the cross-entropy on
+# held-out windows, for the latent and for random directions at the same dose.
 
 # %%
 from saelab.edits import Directions, Handle
@@ -173,11 +181,20 @@ unit = torch.nn.functional.normalize(handle.dictionary.W_dec.detach()[[best.late
 rows = torch.cat([best.sign * unit, isotropic(unit.shape[1], 20, seed=0)])
 directions = Handle(Directions(rows), handle.site)
 strengths = [own.matched[0], *found.at("isotropic", dose).matched[:3]]
+
+
+def added_ce(row: int, strength: float) -> float:
+    """Return the mean change of the cross-entropy, in nats per token."""
+    return ce_sums(model, [add(directions, row, strength)], neutral)[:, 0].mean().item()
+
+
 pd.DataFrame(
     [
         {
-            "direction": name if i == 0 else f"isotropic {i}", "strength": one.strength, "KL": one.kl,
-            "ΔCE in nats": ce_sums(model, [add(directions, i, one.strength)], neutral)[:, 0].mean().item(),
+            "direction": name if i == 0 else f"isotropic {i}",
+            "strength": one.strength,
+            "KL": one.kl,
+            "ΔCE in nats": added_ce(i, one.strength),
         }
         for i, one in enumerate(strengths)
         if one.strength is not None
@@ -187,8 +204,9 @@ pd.DataFrame(
 # %% [markdown]
 # ## Both signs
 #
-# A signed latent may carry a concept and its opposite. But any direction, steered backwards, does the
-# opposite to first order: a claim of two signs needs controls as well, and both sides at one dose.
+# A signed latent may carry a concept and its opposite. But any direction, steered backwards, does
+# the opposite to first order: a claim of two signs needs controls as well, and both sides at one
+# dose.
 
 # %%
 from saelab.steering.trial import adding
@@ -207,6 +225,7 @@ pd.DataFrame(
 ).round(3)  # fmt: skip
 
 # %% [markdown]
-# The random arm is a mean over 20 directions, which is small on either side whatever one of them does.
-# The evaluator `signs` holds the best of ten latents against the best of ten random directions instead,
-# and `python -m saelab_experiments.verdicts claims/steering-signs` asks it on three seeds.
+# The random arm is a mean over 20 directions, which is small on either side whatever one of them
+# does. The evaluator `signs` holds the best of ten latents against the best of ten random
+# directions instead, and `python -m saelab_experiments.verdicts claims/steering-signs` asks it on
+# three seeds.

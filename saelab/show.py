@@ -68,16 +68,18 @@ def heatmap(
                 f"{len(strings)} tokens came with {len(listed)} values; give one for each, or a "
                 "mapping from positions to values"
             )
-        values = dict(enumerate(listed))
-    outside = sorted(p for p in values if not 0 <= p < len(strings))
+        by_position = dict(enumerate(listed))
+    else:
+        by_position = values
+    outside = sorted(p for p in by_position if not 0 <= p < len(strings))
     if outside:
         raise ShapeError(
             f"there is a value at position {outside[0]}, but the text has {len(strings)} tokens; "
             "positions count from 0"
         )
     if peak is None:
-        peak = max((abs(v) for v in values.values()), default=0.0)
-    text = tokens(strings, values, peak=peak, at=at, masked=masked)
+        peak = max((abs(v) for v in by_position.values()), default=0.0)
+    text = tokens(strings, by_position, peak=peak, at=at, masked=masked)
     return _block(f'<div class="sl-text">{text}</div>', caption)
 
 
