@@ -128,7 +128,7 @@ pd.DataFrame(
             "a random direction": at_random.get(prompt, ""),
         }
         for prompt, usual, steered in zip(
-            found.trial.prompts, found.trial.usual.texts, own.written[0].texts, strict=True
+            found.trial.prompts, found.trial.usual.texts, own.written[0].texts, strict=False
         )
     ]
 ).head(6)  # fmt: skip
