@@ -7,6 +7,7 @@ own style, for a notebook; the app has `STYLE` on its page and takes the pieces.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -70,7 +71,7 @@ def heatmap(
             )
         by_position = dict(enumerate(listed))
     else:
-        by_position = values
+        by_position = cast("Mapping[int, float]", values)
     outside = sorted(p for p in by_position if not 0 <= p < len(strings))
     if outside:
         raise ShapeError(
