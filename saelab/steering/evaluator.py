@@ -7,20 +7,20 @@ of random directions, and an instruction. Judges learn from another corpus where
 are validated on held-out documents and on unsteered generations. Rows: docs/steering.md.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
 from saelab.edits import LatentEdit
 from saelab.edits.placement import Steerable
-from saelab.errors import ConfigError
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
 from saelab.steering.judges import NgramJudge
-from saelab.steering.judging import Judges, judges_of
+from saelab.steering.judging import Judges
+from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
-from saelab.steering.scene import Scene, SteeringConfig, scene_of
+from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.side_effects import (
     Neutral,
     ce_sums,
@@ -130,9 +130,7 @@ class SteeringEvaluator:
     def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
         """Steer at `site`; by default the store's only one."""
         self.config = config or SteeringConfig()
-        self.site = site
-        self._kept: dict[Hashable, Ground] = {}
-        self._judges: dict[str, Judges] = {}
+        self._prepared = Prepared(self.name, self.config, site, self._ground)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
@@ -143,21 +141,13 @@ class SteeringEvaluator:
         a concept that the judge's corpus does not know. An arm that reaches no dose has no other
         row than that.
         """
-        if not isinstance(model, Steerable):
-            raise ConfigError("evaluate.evals: steering writes text and needs a live `model:`")
-        scene = scene_of(self.config, dictionary, store, self.site)
-        if store.content_hash not in self._judges:
-            judges = judges_of(store, scene.labelled, self.config.judge)
-            self._judges = {store.content_hash: judges}
-        for place in scene.places:
-            key = (store.content_hash, scene.site, model.fingerprint, place)
-            if key not in self._kept:
-                self._kept[key] = self._ground(model, store, scene, place)
-            yield from self._concept(model, scene, self._kept[key], place)
+        for steerable, scene, place, ground in self._prepared.concepts(dictionary, store, model):
+            yield from self._concept(steerable, scene, ground, place)
 
-    def _ground(self, model: Steerable, store: Store, scene: Scene, place: int) -> Ground:
+    def _ground(
+        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
+    ) -> Ground:
         """Steer by what no dictionary is needed for."""
-        judges = self._judges[store.content_hash]
         ground = ground_of(
             model, store, scene, judges, place, evaluator=self.name, version=self.version
         )

@@ -8,7 +8,7 @@ ways. Without steering: what a document's signed code tells of the label, and ho
 with both signs on texts that the label tells apart. Rows: docs/steering.md.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -17,16 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.edits.placement import Steerable
-from saelab.errors import ConfigError
 from saelab.evals.labelled import latents_of, pool
 from saelab.evals.sample import sample_rows
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, bootstrap, bootstrap_weights, weighted_auc
 from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
-from saelab.steering.judging import Judges, judges_of
+from saelab.steering.judging import Judges
+from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
-from saelab.steering.scene import Scene, SteeringConfig, scene_of
+from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.trial import EditAt, Response, Trial, reported_half
 
@@ -90,35 +90,23 @@ class SignsEvaluator:
     def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
         """Steer at `site`; by default the store's only one."""
         self.config = config or SteeringConfig()
-        self.site = site
-        self._kept: dict[Hashable, tuple[Ground, dict[str, list[Pair]]]] = {}
-        self._judges: dict[str, Judges] = {}
+        self._prepared = Prepared(self.name, self.config, site, self._ground)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
     ) -> Iterator[ResultRow]:
         """Yield each concept's rows. Raises what the steering evaluator raises."""
-        if not isinstance(model, Steerable):
-            raise ConfigError("evaluate.evals: signs writes text and needs a live `model:`")
-        scene = scene_of(self.config, dictionary, store, self.site)
-        if store.content_hash not in self._judges:
-            judges = judges_of(store, scene.labelled, self.config.judge)
-            self._judges = {store.content_hash: judges}
-        for place in scene.places:
-            key = (store.content_hash, scene.site, model.fingerprint, place)
-            if key not in self._kept:
-                self._kept[key] = self._ground(model, store, scene, place)
-            ground, shared = self._kept[key]
-            own = [edit_at for arm in scene.own_arms(model, place) for edit_at in arm]
+        for steerable, scene, place, prepared in self._prepared.concepts(dictionary, store, model):
+            ground, shared = prepared
+            own = [edit_at for arm in scene.own_arms(steerable, place) for edit_at in arm]
             arms = {OWN: pairs_of(scene, ground.trial, own), **shared}
             yield from ground.rows.judge()
             yield from self._steered(ground.rows, arms)
             yield from self._unsteered(ground.rows, scene, store, place)
 
     def _ground(
-        self, model: Steerable, store: Store, scene: Scene, place: int
+        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
     ) -> tuple[Ground, dict[str, list[Pair]]]:
-        judges = self._judges[store.content_hash]
         ground = ground_of(
             model, store, scene, judges, place, evaluator=self.name, version=self.version
         )
