@@ -29,6 +29,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -110,9 +111,11 @@ def _cell(found: Estimate | None) -> str:
     return "" if found is None else str(found)
 
 
-def page(boards: Sequence[Sequence[Scored]], l0: float, figures: Sequence[str]) -> str:
+def page(
+    boards: Sequence[Sequence[Scored]], l0: float, figures: Sequence[str], command: str
+) -> str:
     """Return the whole page; `figures` are what each board's figure is linked by, or empty."""
-    parts = [f"# Types at L0 {l0:g}", "", _READING, ""]
+    parts = [f"# Types at L0 {l0:g}", "", f"Made by `{command}`. {_READING}", ""]
     for board, figure in zip(boards, figures or [""] * len(boards), strict=True):
         store = board[0].results.parent("store").name
         n = next(row["n"] for row in board[0].rows if row["name"] == "fvu")
@@ -128,7 +131,7 @@ def page(boards: Sequence[Sequence[Scored]], l0: float, figures: Sequence[str]) 
 
 
 _READING = (
-    "Made by `python -m saelab_experiments.curves`. Values are interpolated linearly in the "
+    "Values are interpolated linearly in the "
     "logarithm of the measured L0; † marks the nearest point of a line that does not reach this "
     "L0. After ± stands one standard error over held-out documents, after “seeds” the standard "
     "deviation over seeds; “− best” is the difference to the first line with a 95 % interval, "
@@ -167,7 +170,8 @@ def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
             artifacts.write_file(path, plots.figure(board, given.l0))
             base = given.output.parent if given.output else Path()
             links.append(Path(os.path.relpath(path, base)).as_posix())
-    text = page(boards, given.l0, links)
+    command = shlex.join([*parser.prog.split(), str(given.run), "--l0", f"{given.l0:g}"])
+    text = page(boards, given.l0, links, command)
     pages.put(text, given.output, say)
 
 
