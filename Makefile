@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 EXTRAS := lm,app,fast,plots,notebooks,dev
 SIZE   ?= full
 
-.PHONY: demo test check fmt ci app notebooks slow bench clean
+.PHONY: demo test check fmt ci app notebooks slow gpu bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/saelab run experiments/quickstart/demo.yaml
@@ -17,6 +17,9 @@ test: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(BIN)/pytest -m "slow"
+
+gpu: $(VENV)/ready
+	$(BIN)/pytest -m "gpu"
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

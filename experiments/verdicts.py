@@ -1,6 +1,6 @@
 """Make the runs of a claim folder, and say what each written-down claim came to.
 
-    python -m saelab_experiments.verdicts claims/abs-topk [RUN …]
+    python -m saelab_experiments.verdicts claims/abs-topk [RUN …] [--figure claims.svg]
 
 A folder holds `claims.yaml` (what is claimed, and what decides it) and the runs' YAMLs, each of
 which is also a plain `saelab run`. A run with `seeds` is made once per seed of its planted world;
@@ -13,6 +13,7 @@ where results keep resamples. Where they do not, documents enter by each score's
 if the two scores were independent, which is an upper bound.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -355,19 +356,28 @@ def read_claims(folder: Path) -> Claims:
 
 def main(argv: list[str], say: Callable[[str], Any] = sys.stdout.write) -> None:
     """Make the runs that are missing, and print the tables as Markdown."""
-    folder, *only = argv
-    path = claim_folder(folder)
+    parser = argparse.ArgumentParser(prog="python -m saelab_experiments.verdicts")
+    parser.add_argument("folder", help="a claim folder, such as claims/abs-topk")
+    parser.add_argument("runs", nargs="*", help="of its runs, only these")
+    parser.add_argument("--figure", type=Path, help="SVG file for what the claims came to")
+    given = parser.parse_args(argv)
+    path = claim_folder(given.folder)
     claims = read_claims(path)
-    scores = gather(path, claims, only, Path("runs") / "claims")
-    for name, spec in claims.runs.items():
-        if not only or name in only:
-            say("\n".join(run_table(name, spec, scores)) + "\n\n")
+    scores = gather(path, claims, given.runs, Path("runs") / "claims")
+    asked = [name for name in claims.runs if not given.runs or name in given.runs]
+    for name in asked:
+        say("\n".join(run_table(name, claims.runs[name], scores)) + "\n\n")
     verdicts = [
         judge(claim, scores, planted=claims.runs[_run(claim.first)].seeds is not None)
         for claim in claims.claims
-        if not only or _run(claim.first) in only
+        if _run(claim.first) in asked
     ]
     say("\n".join(verdict_table(verdicts)) + "\n")
+    if given.figure is not None and verdicts:
+        from saelab_experiments import forest
+
+        given.figure.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_file(given.figure, forest.figure(verdicts))
 
 
 def _run(reference: str) -> str:

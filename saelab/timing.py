@@ -3,7 +3,6 @@ pursuit, a spliced forward pass."""
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from saelab import api, artifacts
+from saelab.clock import now
 from saelab.dictionaries.penalty import PenalisedDictionary
 from saelab.evals.core import CoreConfig
 from saelab.evals.downstream import ablate_to, measure_splices
@@ -98,18 +98,18 @@ def time_member(
         member = Member("probe", dictionary, store.sites[0], lr=lr, draft=draft)
         if isinstance(dictionary, Solved):
             return _time_solved(member, store, train)
-        started = time.perf_counter()
+        started = now()
         probed = {"log_every": 1, "wandb": None, "tokens": max(train.tokens, 64 * train.batch)}
         sweep = Sweep([member], store, train.model_copy(update=probed))
-        once = time.perf_counter() - started
+        once = now() - started
         step = _time_steps(sweep)
         share = _make_sparse_(sweep, store)
         if share is not None:
             step = (1 - share) * step + share * _time_steps(sweep)
         checkpoint = seconds(sweep.checkpoint, repeats=1)
-        started = time.perf_counter()
+        started = now()
         [(_, fitted)] = sweep.finish()
-        once += time.perf_counter() - started
+        once += now() - started
     trained = fitted.dictionary
     if trained.d_sae < dictionary.d_sae:  # it grows: time it at its full width
         trained = dictionary
@@ -154,9 +154,9 @@ def _time_solved(member: Member, store: Store, train: TrainConfig) -> MemberTime
     while len(taken) < _WARM_STEPS + 2 or (len(taken) < _STEPS and sum(taken) < _SECONDS):
         taken.append(seconds(solver.step, repeats=1))
     checkpoint = seconds(solver.checkpoint, repeats=1)
-    started = time.perf_counter()
+    started = now()
     fitted = solver.finish()
-    once += time.perf_counter() - started
+    once += now() - started
     each, code = statistics.median(taken[_WARM_STEPS:]), _time_coding(fitted.dictionary, store)
     return MemberTime(each, checkpoint, once, code, solver.reads)
 
@@ -229,9 +229,9 @@ def seconds(call: Callable[[], Any], repeats: int = 2) -> float:
         call()
     times = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = now()
         call()
-        times.append(time.perf_counter() - started)
+        times.append(now() - started)
     return min(times)
 
 

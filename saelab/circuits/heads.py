@@ -5,7 +5,6 @@ truth: effects of noising and of denoising, at all positions and at the last one
 that scores of last outputs can see.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from saelab.circuits.patching import Direction, components_of
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig, agreements
 from saelab.circuits.tasks import TaskData
+from saelab.clock import now
 from saelab.config import Config
 from saelab.train.config import TrainConfig
 
@@ -118,9 +118,9 @@ def score_heads(
     most = max(config.examples)
     for draw in range(config.draws):
         data = tasks.draw(task, model, most, seed=config.first_seed + draw)
-        started = time.perf_counter()
+        started = now()
         positive = head_outputs(model, data, "clean")
-        passes = time.perf_counter() - started
+        passes = now() - started
         direct = baselines.direct_logits(model, data, positive)
         for kind in config.negatives:
             negative = head_outputs(model, data, kind)
@@ -155,10 +155,10 @@ def _of_codes(
 ) -> Iterator[Scored]:
     coded = outputs.normalised() if config.normalise else outputs
     for seed in config.seeds:
-        started = time.perf_counter()
+        started = now()
         codes = learn_codes(coded, fit, seed=seed)
         found = _scores(codes, layers, config.top_pairs)
-        seconds = passes + time.perf_counter() - started
+        seconds = passes + now() - started
         for method, scores in found.items():
             yield Scored(
                 method, "codes", scores, seed=seed, seconds=seconds, coded=codes.coded, **about

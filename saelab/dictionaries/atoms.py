@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
+from saelab.dictionaries.base import BaseDictionary, DictionaryConfig, held
 from saelab.ops.pursuit import PursuitTrace, pursue, sum_repeats
 from saelab.ops.refit import Refit, gradient_coefficients, least_squares
 from saelab.ops.unroll import unroll
@@ -83,18 +83,19 @@ class Atoms(BaseDictionary):
 class KeptRows(Atoms):
     """Atoms that are rows of a store, each with its place there; as many as were kept so far."""
 
+    rows: Tensor = held()
+    """Row number in the store of each atom."""
+    documents: Tensor = held()
+    positions: Tensor = held()
+    """Place of each atom in its window; −1 where the store does not say."""
+    tokens: Tensor = held()
+    """Token at each atom's position; −1 where there is none."""
+
     def __init__(self, config: AtomsConfig) -> None:
         """Allocate room for all atoms, of unknown origin."""
         super().__init__(config)
         for name in _PROVENANCE:
             self.register_buffer(name, torch.full((self.d_sae,), -1, dtype=torch.int64))
-        self.rows: Tensor
-        """Row number in the store of each atom."""
-        self.documents: Tensor
-        self.positions: Tensor
-        """Place of each atom in its window; −1 where the store does not say."""
-        self.tokens: Tensor
-        """Token at each atom's position; −1 where there is none."""
 
     @property
     def is_full(self) -> bool:

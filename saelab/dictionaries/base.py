@@ -47,6 +47,23 @@ class DictionaryConfig(Config):
         return cls.parse({"d_in": 8, "d_sae": 24})
 
 
+class _Held:
+    """Stands on the class for what instances hold.
+
+    A module answers for them only when asked by name, and since Python 3.12 `isinstance` does not
+    ask: without an attribute of the class, no dictionary would pass for a `protocols.Dictionary`.
+    """
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """Raise AttributeError, so that the module itself is asked."""
+        raise AttributeError("held by instances only")
+
+
+def held() -> Any:
+    """Return what declares a parameter or buffer in a class, so that protocols see it."""
+    return _Held()
+
+
 class BaseDictionary(nn.Module, ABC):
     """A dictionary with a linear decoder and row-wise codes.
 
@@ -56,6 +73,8 @@ class BaseDictionary(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[DictionaryConfig]]
+    W_dec: nn.Parameter = held()
+    b_dec: nn.Parameter = held()
 
     def __init__(self, config: DictionaryConfig, *, d_out: int | None = None) -> None:
         """Allocate the decoder: unit axes and no bias, until `init_` or a file fills it."""

@@ -246,6 +246,7 @@ def _picked_products(
     if x.device.type == "cuda" or (x.device.type == "cpu" and torch.backends.mkl.is_available()):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly")
             starts = _starts(indices, offsets)
             zeros = x.new_zeros(indices.numel())
             pattern = torch.sparse_csr_tensor(

@@ -9,7 +9,6 @@ import itertools
 import logging
 import signal
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from saelab import kernels
+from saelab.clock import now
 from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError, SiteError
 from saelab.ops.select import tally
 from saelab.protocols import GradientTrained, Solved, Store, Streamed
@@ -337,15 +337,15 @@ class _Clock:
 
     @contextmanager
     def spent(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = now()
         yield
-        self.seconds[what] += time.perf_counter() - started
+        self.seconds[what] += now() - started
 
     @contextmanager
     def stepped(self, place: int) -> Iterator[None]:
-        started = time.perf_counter()
+        started = now()
         yield
-        self.members[place] += time.perf_counter() - started
+        self.members[place] += now() - started
 
     def summary(self) -> dict[str, Any]:
         total = sum(self.seconds.values()) or 1e-9

@@ -9,7 +9,6 @@ checkpoint are written concern it; there is no learning rate, and no batches tha
 import copy
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saelab import kernels
+from saelab.clock import now
 from saelab.errors import ConfigError, Interrupted, NonFiniteError, ShapeError
 from saelab.protocols import SiteStats, Store
 from saelab.train import checkpoint
@@ -126,10 +126,10 @@ class Solver:
 
     def step(self) -> bool:
         """Take an iteration; return whether a line of metrics was written."""
-        started = time.perf_counter()
+        started = now()
         state = self.state = self.dictionary.advance(self.view, self.state)
         self.done += 1
-        self.seconds += time.perf_counter() - started
+        self.seconds += now() - started
         if not math.isfinite(state.loss):
             raise NonFiniteError(
                 f"{self.member.name}: the loss became {state.loss} at iteration {self.done}. "

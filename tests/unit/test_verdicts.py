@@ -144,9 +144,13 @@ def test_verdicts_of_a_planted_run_from_its_yaml(tmp_path, monkeypatch):
         " direction: higher, smallest: 0.01}\n"
     )
     said: list[str] = []
-    verdicts.main([str(tmp_path)], said.append)
+    drawn = [tmp_path / "a" / "once.svg", tmp_path / "twice.svg"]
+    verdicts.main([str(tmp_path), "--figure", str(drawn[0])], said.append)
     text = "".join(said)
     assert "| signed | 5 |" in text
     assert "**supported**" in text.splitlines()[-2]
     assert "+0.0000" in text.splitlines()[-1]
     assert Claims.parse({"paper": "p", "runs": {}}).claims == []
+    verdicts.main([str(tmp_path), "r", "--figure", str(drawn[1])], said.append)
+    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+    assert b"<svg" in drawn[0].read_bytes()
