@@ -19,7 +19,7 @@ Makelov, Lange, Nanda 2025, arXiv 2405.08366.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, final
+from typing import Annotated
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,33 +29,22 @@ from torch import Tensor
 from saelab.circuits.attributes import (
     Coding,
     Features,
-    Supervised,
     attributes_of,
     counterfactual,
     fit_features,
 )
 from saelab.circuits.bases import Directions, in_forward_order
-from saelab.circuits.occlusion import lengths, occlusion
-from saelab.circuits.predicates import (
-    best_claims,
-    best_unions,
-    claims,
-    f1,
-    latent_of,
-    predicates,
-    splitting,
-)
+from saelab.circuits.coders import ByDictionary, ByLabels, Coder, Labelled
+from saelab.circuits.interpretability import Interpretability
+from saelab.circuits.label_rows import NONE, SUPERVISED, mean, ratio, row
 from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, magnitude
 from saelab.circuits.tasks import TaskData
 from saelab.circuits.vectors import Outcome, choose_slots, outcome, vectors
 from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
-from saelab.stats import ResultRow, over_documents, standard_error
+from saelab.stats import ResultRow
 
-VERSION = 1
-SUPERVISED, NONE = "supervised", "none"
-"""Arms: the labels' own dictionary, and no edit at all."""
 _EDIT = 2
 """Features that a supervised edit touches: one out, one in."""
 
@@ -79,49 +68,6 @@ class SupervisedConfig(Config):
     """Factors on an attribute's features, under which shorter ones are looked for again."""
     batch: PositiveInt = 16
     """Prompts that go through the model together."""
-
-
-@final
-@dataclass(frozen=True)
-class ByDictionary:
-    """A dictionary's own codes."""
-
-    dictionary: Directions
-    signed: bool
-
-    @torch.no_grad()
-    def code(self, x: Float[Tensor, "n d"], table: Bool[Tensor, "n columns"], slot: int) -> Coding:
-        """Return the codes; labels are not looked at."""
-        del table, slot
-        d = self.dictionary
-        return Coding(d.encode(x), d.W_dec.detach(), d.b_dec.detach())
-
-
-@final
-@dataclass(frozen=True)
-class ByLabels:
-    """The codes that labels give, with features per slot."""
-
-    slots: tuple[Supervised, ...]
-    signed: bool = False
-
-    def code(self, x: Float[Tensor, "n d"], table: Bool[Tensor, "n columns"], slot: int) -> Coding:
-        """Return the codes; x is not looked at."""
-        del x
-        return self.slots[slot].code(table)
-
-
-Coder = ByDictionary | ByLabels
-"""A way to write the vectors of one slot as sums."""
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Prompts, the vectors of their slots, and their labels."""
-
-    data: TaskData
-    x: Float[Tensor, "n slots d"]
-    table: Bool[Tensor, "n columns"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +120,10 @@ class SupervisedEvaluation:
                 for i in range(len(self.section.slots))
             )
         )
+        self.interpretability = Interpretability(
+            self.attributes, self.fit, self.section.slots, self.labels, self.config.shrink,
+            self.config.bar, len(self.test.data),
+        )  # fmt: skip
         self.clean = self._outcome()
         self.mean = self.fit.x.mean(0).expand_as(self.test.x)
         self.ablated = self._outcome(self.mean)
@@ -189,7 +139,7 @@ class SupervisedEvaluation:
         yield self._row("moved", self.section.moved, None, SUPERVISED)
         arms: dict[str, Coder] = {SUPERVISED: self.labels}
         for name, dictionary in dictionaries.items():
-            arms[name] = ByDictionary(dictionary, _is_signed(dictionary, self.fit.x))
+            arms[name] = ByDictionary.of(dictionary, self.fit.x)
         yield from self._baseline()
         supervised = self._agreements(self.labels, [_EDIT])
         for name, coder in arms.items():
@@ -283,94 +233,27 @@ class SupervisedEvaluation:
     # --------------------------------------------------------------------------- interpretability
 
     def _interpretability(self, name: str, coder: Coder) -> Iterator[ResultRow]:
-        """Yield the best F1s, chosen on one half of the fit prompts and scored on the other."""
-        first, second = (self.fit.table[half::2] for half in (0, 1))
-        kept = []
-        for i, slot in enumerate(self.section.slots):
-            z = coder.code(self.fit.x[:, i], self.fit.table, i).z.cpu()
-            said = claims(z, signed=coder.signed)
-            fires = (said[::2], said[1::2])
-            yield from self._f1(name, slot, fires, (first, second))
-            if isinstance(coder, ByDictionary):
-                yield from self._occlusion(name, coder, i)
-            kept.append(self._interpretable(fires[0], first, z.shape[1]))
+        """Yield what latents say of attributes, and what those that say something do alone."""
+        said = self.interpretability.claims(coder)
+        yield from self.interpretability.rows(name, coder, said)
+        kept = self.interpretability.interpretable(coder, said)
         yield self._row(
             f"latents[F1 ≥ {self.config.bar:g}]",
             sum(float(mask.sum()) for mask in kept) / len(kept), None, name, "latents",
         )  # fmt: skip
         yield from self._approximation(name, coder, kept)
 
-    def _f1(
-        self,
-        name: str,
-        slot: str,
-        fires: tuple[Bool[Tensor, "n m"], Bool[Tensor, "n2 m"]],
-        tables: tuple[Bool[Tensor, "n columns"], Bool[Tensor, "n2 columns"]],
-    ) -> Iterator[ResultRow]:
-        best = best_claims(fires[0], tables[0], fires[1], tables[1])
-        for attribute in self.attributes.values:
-            own = self.attributes.of(attribute)
-            yield self._row(f"f1[{attribute}]@{slot}", float(best.score[own].mean()), None, name)
-            split = splitting(fires[1], tables[1][:, own], best.score[own])
-            for what, value, unit in (
-                ("found", split.found, "share"),
-                ("parts", split.parts, "claims per value"),
-                ("parts_recall", split.recall, "share"),
-            ):
-                yield self._row(f"{what}[{attribute}]@{slot}", value, None, name, unit)
-        if name == SUPERVISED:
-            features = self.labels.slots[self.section.slots.index(slot)]
-            for attribute, size in lengths(features, self.attributes).items():
-                yield self._row(f"norm[{attribute}]@{slot}", size, None, name, "norm")
-
-    def _occlusion(self, name: str, coder: ByDictionary, slot: int) -> Iterator[ResultRow]:
-        """Yield the F1 of each attribute while the features of a longer one are shrunk."""
-        labelled, where = self.fit, self.section.slots[slot]
-        for found in occlusion(
-            lambda x: coder.code(x, labelled.table, slot).z,
-            labelled.x[:, slot], labelled.table, self.labels.slots[slot], self.attributes,
-            self.config.shrink, signed=coder.signed,
-        ):  # fmt: skip
-            what = f"f1[{found.shorter}]@{where} | α({found.longer})={found.factor:g}"
-            yield self._row(what, found.f1, None, name)
-
-    def _interpretable(
-        self, fires: Bool[Tensor, "n m"], table: Bool[Tensor, "n columns"], d_sae: int
-    ) -> Bool[Tensor, " d_sae"]:
-        """Return the latents whose best F1 about a value, a value in an order, or a union of an
-        attribute's values reaches the bar."""
-        within = next((a for a, v in self.attributes.values.items() if len(v) == 2), None)
-        _, truth = predicates(self.attributes.columns, table, within=within)
-        best = f1(fires, truth).max(1).values
-        for attribute in self.attributes.values:
-            best = torch.maximum(best, best_unions(fires, table[:, self.attributes.of(attribute)]))
-        mask = torch.zeros(d_sae, dtype=torch.bool)
-        mask[latent_of((best >= self.config.bar).nonzero()[:, 0], d_sae)] = True
-        return mask
-
     # ----------------------------------------------------------------------------------------- rows
 
     def _row(
         self, name: str, value: float, error: float | None, arm: str, unit: str = "share"
     ) -> ResultRow:
-        return ResultRow(
-            name, value, unit, len(self.test.data), error, VERSION, arm, evaluator="supervised"
-        )
+        return row(name, value, error, arm, n=len(self.test.data), unit=unit)
 
     def _mean(self, name: str, values: Float[Tensor, " n"], arm: str) -> ResultRow:
-        return self._ratio(name, values, torch.ones_like(values), arm)
+        return mean(name, values, arm, seed=self.seed)
 
     def _ratio(
         self, name: str, top: Float[Tensor, " n"], bottom: Float[Tensor, " n"], arm: str
     ) -> ResultRow:
-        """Return Σ top / Σ bottom over prompts, with its bootstrap error."""
-        sums = torch.stack([top, bottom], 1).double()
-        value = float(top.sum() / bottom.sum())
-        drawn = over_documents(sums, lambda s: s[:, 0] / s[:, 1], seed=self.seed)
-        return self._row(name, value, standard_error(drawn), arm)
-
-
-@torch.no_grad()
-def _is_signed(dictionary: Directions, x: Float[Tensor, "n slots d"]) -> bool:
-    """Return whether any code of these vectors is negative."""
-    return bool((dictionary.encode(x.flatten(0, 1)) < 0).any())
+        return ratio(name, top, bottom, arm, seed=self.seed)

@@ -15,9 +15,10 @@ from saelab.circuits.attributes import (
     fit_features,
 )
 from saelab.circuits.bases import Basis, principal_directions
+from saelab.circuits.label_rows import SUPERVISED
 from saelab.circuits.predicates import best_claims, best_unions, claims, f1, predicates, splitting
 from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights
-from saelab.circuits.supervised import SUPERVISED, SupervisedConfig, SupervisedEvaluation
+from saelab.circuits.supervised import SupervisedConfig, SupervisedEvaluation
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.vectors import choose_slots, outcome, vectors
 from saelab.errors import ArtifactError, ConfigError, ShapeError

@@ -1,0 +1,34 @@
+"""Rows of the supervised evaluation: single numbers, and ratios of sums over prompts."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.stats import ResultRow, over_documents, standard_error
+
+VERSION = 1
+"""Bumped when the numbers of the same prompts change."""
+SUPERVISED, NONE = "supervised", "none"
+"""Arms: the labels' own dictionary, and no edit at all."""
+
+
+def row(
+    name: str, value: float, error: float | None, arm: str, *, n: int, unit: str = "share"
+) -> ResultRow:
+    """Return a number over `n` prompts."""
+    return ResultRow(name, value, unit, n, error, VERSION, arm, evaluator="supervised")
+
+
+def ratio(
+    name: str, top: Float[Tensor, " n"], bottom: Float[Tensor, " n"], arm: str, *, seed: int
+) -> ResultRow:
+    """Return Σ top / Σ bottom over prompts, with its bootstrap error."""
+    sums = torch.stack([top, bottom], 1).double()
+    value = float(top.sum() / bottom.sum())
+    drawn = over_documents(sums, lambda s: s[:, 0] / s[:, 1], seed=seed)
+    return row(name, value, standard_error(drawn), arm, n=len(top))
+
+
+def mean(name: str, values: Float[Tensor, " n"], arm: str, *, seed: int) -> ResultRow:
+    """Return a mean over prompts, with its bootstrap error."""
+    return ratio(name, values, torch.ones_like(values), arm, seed=seed)
