@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.circuits.discrete_codes import (
@@ -34,31 +34,31 @@ Scores = Float[Tensor, " heads"]
 # --------------------------------------------------------------------------------- from the outputs
 
 
-def of_outputs(outputs: HeadOutputs) -> dict[str, Scores]:
-    """Return the scores that need nothing but raw outputs."""
+def of_outputs(outputs: HeadOutputs, first: Bool[Tensor, " n"]) -> dict[str, Scores]:
+    """Return the scores that need nothing but raw outputs; `first` are the examples of one half."""
     positive, both = outputs.positive.double(), outputs.both.double()
     means = outputs.positive.double().mean(0) - outputs.negative.double().mean(0)
     return {
         "mean_difference": means.norm(dim=-1),
         "output_norm": both.norm(dim=-1).mean(0),
         "output_variance": (positive - positive.mean(0)).square().sum(-1).mean(0),
-        "probe": probe_scores(outputs),
+        "probe": probe_scores(outputs, first),
     }
 
 
-def probe_scores(outputs: HeadOutputs) -> Scores:
+def probe_scores(outputs: HeadOutputs, first: Bool[Tensor, " n"]) -> Scores:
     """Return how well a linear probe on a head's output tells positives from negatives: its AUC.
 
-    Fitted on every second example and read on the others, and the other way round.
+    Fitted on the `first` examples, positive and negative, and read on the others, and the other way
+    round.
     """
     both = outputs.both
-    n = len(outputs.positive)
-    label = torch.arange(2 * n) < n
-    even = torch.arange(2 * n) % n % 2 == 0
+    label = torch.arange(len(both)) < len(outputs.positive)
+    first = first.repeat(2)
     found = torch.zeros(both.shape[1], dtype=torch.float64)
     for head in range(both.shape[1]):
         x = both[:, head].double()
-        for fitted in (even, ~even):
+        for fitted in (first, ~first):
             probe = fit_probe(x[fitted], label[fitted])
             found[head] += auc(probe.scores(x[~fitted]), label[~fitted]) / 2
     return found

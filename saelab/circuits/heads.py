@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -31,12 +31,13 @@ from saelab.circuits.head_outputs import head_outputs
 from saelab.circuits.patching import Direction, components_of
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig, agreements
+from saelab.circuits.strata import half
 from saelab.circuits.tasks import TaskData
 from saelab.clock import now
 from saelab.config import Config
 from saelab.train.config import TrainConfig
 
-VERSION = 1
+VERSION = 2
 """Bumped when the scores of the same examples change."""
 Group = Literal["codes", "observational", "causal"]
 Negatives = Literal["unpredictable", "off_task"]
@@ -129,15 +130,16 @@ def score_heads(
                 about: dict[str, Any] = {"examples": n, "negatives": kind, "draw": draw}
                 direct_score = direct[:n].mean(0).abs()
                 yield Scored("direct_logits", "observational", direct_score, **about)
-                yield from _of_outputs(outputs, config, about)
+                first = half(data.templates[:n], seed=draw)
+                yield from _of_outputs(outputs, first, config, about)
                 share = 2 * passes * n / most
                 yield from _of_codes(outputs, config, fit, layers, share, about)
 
 
 def _of_outputs(
-    outputs: HeadOutputs, config: CodesConfig, about: Mapping[str, Any]
+    outputs: HeadOutputs, first: Bool[Tensor, " n"], config: CodesConfig, about: Mapping[str, Any]
 ) -> Iterator[Scored]:
-    found = baselines.of_outputs(outputs)
+    found = baselines.of_outputs(outputs, first)
     coded = outputs.normalised() if config.normalise else outputs
     width = int(config.dictionary["d_sae"])
     found |= baselines.of_other_codes(coded, width, seed=about["draw"])

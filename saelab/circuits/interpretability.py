@@ -6,6 +6,7 @@ Everything is read off the fit prompts; the model is not run. Makelov, Lange, Na
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool
@@ -24,6 +25,7 @@ from saelab.circuits.predicates import (
     predicates,
     splitting,
 )
+from saelab.circuits.strata import half
 from saelab.stats import ResultRow
 
 
@@ -39,7 +41,13 @@ class Interpretability:
     """Factors on an attribute's features, under which shorter ones are looked for again."""
     bar: float
     """F1 from which on a latent is interpretable."""
-    n: int
+    seed: int
+    """Draws the half of the prompts that chooses latents."""
+
+    @cached_property
+    def first(self) -> Bool[Tensor, " n"]:
+        """The prompts that choose; the others score. Both have every template."""
+        return half(self.prompts.data.templates, seed=self.seed)
 
     def claims(self, coder: Coder) -> list[Bool[Tensor, "n claims"]]:
         """Return where the claims of a coder's latents hold, in each slot."""
@@ -52,7 +60,7 @@ class Interpretability:
     def rows(
         self, name: str, coder: Coder, said: Sequence[Bool[Tensor, "n claims"]]
     ) -> Iterator[ResultRow]:
-        """Yield the best F1s, chosen on one half of the prompts and scored on the other."""
+        """Yield the best F1s, latents chosen on one half of the prompts and scored on the other."""
         for i, fires in enumerate(said):
             yield from self._f1(name, i, fires)
             if isinstance(coder, ByDictionary):
@@ -63,14 +71,14 @@ class Interpretability:
     ) -> list[Bool[Tensor, " d_sae"]]:
         """Return, slot by slot, the latents whose best F1 about a value, a value in an order, or a
         union of an attribute's values reaches the bar, on the half that chooses."""
-        table = self.prompts.table[::2]
+        table = self.prompts.table[self.first]
         within = next((a for a, v in self.attributes.values.items() if len(v) == 2), None)
         _, truth = predicates(self.attributes.columns, table, within=within)
         kept = []
-        for fires in said:
-            best = f1(fires[::2], truth).max(1).values
+        for fires in (claimed[self.first] for claimed in said):
+            best = f1(fires, truth).max(1).values
             for name in self.attributes.values:
-                united = best_unions(fires[::2], table[:, self.attributes.of(name)])
+                united = best_unions(fires, table[:, self.attributes.of(name)])
                 best = torch.maximum(best, united)
             d_sae = fires.shape[1] // (2 if coder.signed else 1)
             mask = torch.zeros(d_sae, dtype=torch.bool)
@@ -79,30 +87,31 @@ class Interpretability:
         return kept
 
     def _f1(self, name: str, slot: int, fires: Bool[Tensor, "n claims"]) -> Iterator[ResultRow]:
-        table, where = self.prompts.table, self.slots[slot]
-        best = best_claims(fires[::2], table[::2], fires[1::2], table[1::2])
+        n = len(self.prompts.data)
+        table, where, first = self.prompts.table, self.slots[slot], self.first
+        best = best_claims(fires[first], table[first], fires[~first], table[~first])
         for attribute in self.attributes.values:
             own = self.attributes.of(attribute)
             score = float(best.score[own].mean())
-            yield row(f"f1[{attribute}]@{where}", score, None, name, n=self.n)
-            split = splitting(fires[1::2], table[1::2][:, own], best.score[own])
+            yield row(f"f1[{attribute}]@{where}", score, None, name, n=n)
+            split = splitting(fires[~first], table[~first][:, own], best.score[own])
             for what, value, unit in (
                 ("found", split.found, "share"),
                 ("parts", split.parts, "claims per value"),
                 ("parts_recall", split.recall, "share"),
             ):
-                yield row(f"{what}[{attribute}]@{where}", value, None, name, n=self.n, unit=unit)
+                yield row(f"{what}[{attribute}]@{where}", value, None, name, n=n, unit=unit)
         if name == SUPERVISED:
             for attribute, size in lengths(self.labels.slots[slot], self.attributes).items():
-                yield row(f"norm[{attribute}]@{where}", size, None, name, n=self.n, unit="norm")
+                yield row(f"norm[{attribute}]@{where}", size, None, name, n=n, unit="norm")
 
     def _occlusion(self, name: str, coder: ByDictionary, slot: int) -> Iterator[ResultRow]:
         """Yield the F1 of each attribute while the features of a longer one are shrunk."""
-        labelled, where = self.prompts, self.slots[slot]
+        labelled, where, n = self.prompts, self.slots[slot], len(self.prompts.data)
         for found in occlusion(
             lambda x: coder.code(x, labelled.table, slot).z,
             labelled.x[:, slot], labelled.table, self.labels.slots[slot], self.attributes,
-            self.shrink, signed=coder.signed,
+            self.shrink, first=self.first, signed=coder.signed,
         ):  # fmt: skip
             what = f"f1[{found.shorter}]@{where} | α({found.longer})={found.factor:g}"
-            yield row(what, found.f1, None, name, n=self.n)
+            yield row(what, found.f1, None, name, n=n)

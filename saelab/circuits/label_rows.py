@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saelab.stats import ResultRow, over_documents, standard_error
 
-VERSION = 1
+VERSION = 2
 """Bumped when the numbers of the same prompts change."""
 SUPERVISED, NONE = "supervised", "none"
 """Arms: the labels' own dictionary, and no edit at all."""

@@ -63,11 +63,12 @@ def occlusion(
     attributes: Attributes,
     factors: Sequence[float],
     *,
+    first: Bool[Tensor, " n"],
     signed: bool,
 ) -> Iterator[Revealed]:
     """Yield, for each attribute, each factor on it and each shorter attribute, what is found.
 
-    Claims are chosen anew for each factor, on every second row, and scored on the others.
+    Claims are chosen anew for each factor, on the `first` rows, and scored on the others.
     """
     length = lengths(features, attributes)
     for longer in attributes.values:
@@ -77,5 +78,5 @@ def occlusion(
             said = claims(encode(vectors).cpu(), signed=signed)
             for name in shorter:
                 truth = table[:, attributes.of(name)]
-                best = best_claims(said[::2], truth[::2], said[1::2], truth[1::2])
+                best = best_claims(said[first], truth[first], said[~first], truth[~first])
                 yield Revealed(longer, name, factor, float(best.score.mean()))

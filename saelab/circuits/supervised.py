@@ -122,7 +122,7 @@ class SupervisedEvaluation:
         )
         self.interpretability = Interpretability(
             self.attributes, self.fit, self.section.slots, self.labels, self.config.shrink,
-            self.config.bar, len(self.test.data),
+            self.config.bar, seed,
         )  # fmt: skip
         self.clean = self._outcome()
         self.mean = self.fit.x.mean(0).expand_as(self.test.x)

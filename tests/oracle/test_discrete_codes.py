@@ -20,6 +20,7 @@ from saelab.circuits.discrete_codes import (
 )
 from saelab.circuits.head_outputs import head_outputs
 from saelab.circuits.published import GPT2_SMALL_IOI
+from saelab.circuits.strata import half
 from saelab.errors import ConfigError, SiteError
 from saelab.models.handwired import induction_model
 from saelab.stats import auc
@@ -160,20 +161,31 @@ def telling_outputs(gap):
 
 
 def test_observational_baselines_see_a_head_whose_outputs_differ_and_are_level_without():
-    told = baselines.of_outputs(telling_outputs(20.0))
+    first = half(torch.zeros(20, dtype=torch.int64), seed=0)
+    told = baselines.of_outputs(telling_outputs(20.0), first)
     assert told["probe"][1] == 1.0 and int(told["mean_difference"].argmax()) == 1
     assert int(told["output_norm"].argmax()) == 1
-    blind = baselines.of_outputs(telling_outputs(0.0))
+    blind = baselines.of_outputs(telling_outputs(0.0), first)
     assert float(blind["probe"][1]) == pytest.approx(0.5, abs=0.3)
     same = random_outputs()
-    equal = baselines.of_outputs(HeadOutputs(same.positive, same.positive))
+    equal = baselines.of_outputs(HeadOutputs(same.positive, same.positive), first[:8])
     assert not equal["mean_difference"].any()
+
+
+def test_the_probe_is_read_on_the_templates_that_it_was_fitted_on():
+    """Heads say it in one direction in even templates and in another one in odd ones."""
+    templates = torch.arange(16) % 4
+    positive = torch.nn.functional.one_hot(templates % 2, 3)[:, None].float()
+    outputs = HeadOutputs(positive, torch.zeros_like(positive))
+    assert baselines.of_outputs(outputs, half(templates, seed=0))["probe"].tolist() == [1.0]
+    parity = baselines.of_outputs(outputs, templates % 2 == 0)
+    assert parity["probe"].tolist() == [0.5]
 
 
 def test_the_variance_of_a_constant_output_is_zero():
     raw = random_outputs()
     raw.positive[:, 2] = 5.0
-    found = baselines.of_outputs(raw)["output_variance"]
+    found = baselines.of_outputs(raw, torch.arange(8) < 4)["output_variance"]
     assert found[2] == 0 and bool((found[:2] > 0).all())
 
 

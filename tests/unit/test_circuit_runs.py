@@ -194,7 +194,8 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     floor = "untrained random decoder"
     assert {row["arm"] for row in rows} == {"supervised", "none", "toy-1-0", floor}
     values = {(row["arm"], row["name"]): row["value"] for row in rows}
-    assert values["supervised", "f1[subject]@end"] == pytest.approx(1)
+    for attribute in ("subject", "order"):
+        assert values["supervised", f"f1[{attribute}]@end"] == pytest.approx(1)
     assert 0 <= values[floor, "agreement[io, k=2]"] <= 1
     assert {arm for arm, name in values if " | α(" in name} == {"toy-1-0", floor}
     console = Console(width=160, record=True)
