@@ -37,9 +37,14 @@ class Coding:
     b: Float[Tensor, " d"]
 
     @property
+    def said(self) -> Float[Tensor, "n d"]:
+        """What the weights say, without b."""
+        return self.z @ self.W
+
+    @property
     def x_hat(self) -> Float[Tensor, "n d"]:
         """The sums."""
-        return self.z @ self.W + self.b
+        return self.said + self.b
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _pursue(
 
 def weights(coding: Coding) -> Float[Tensor, "n m"]:
     """Return each latent's share of what a code says; 0 for an empty code."""
-    said = coding.z @ coding.W
+    said = coding.said
     size = said.square().sum(1, keepdim=True)
     return coding.z * (said @ coding.W.T) / torch.where(size > 0, size, 1)
 

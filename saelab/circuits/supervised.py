@@ -4,7 +4,9 @@ At a cross-section (`vectors.py`), for every dictionary and for the supervised o
 `attributes.py`, whose codes are labels:
 
 *Approximation.* Sufficiency: the metric with x̂ in place of x, over the clean metric. Necessity:
-the metric that is lost with x̄ + (x − x̂) in place of x, over what is lost with x̄.
+the metric that is lost with x̄ + (x − x̂) in place of x, over what is lost with x̄. Of some latents
+alone x̂ is the sum of what they say and the bias, and what is lost is measured with that sum taken
+out of x: without any latent it is nothing.
 
 *Sparse control.* An edit by k latents should do what the true counterfactual does: share of
 prompts on which the model's next token is that of the patch x_s → x_t. `none` is the share
@@ -175,22 +177,39 @@ class SupervisedEvaluation:
 
     # ---------------------------------------------------------------------------- approximation
 
-    def _approximation(
-        self, name: str, coder: Coder, kept: Sequence[Bool[Tensor, " m"]] | None = None
+    def _approximation(self, name: str, coder: Coder) -> Iterator[ResultRow]:
+        """Yield sufficiency and necessity of a whole dictionary."""
+        x_hat = self._stacked([c.x_hat for c in self._codings(coder, self.test)])
+        yield from self._replacing(name, "", x_hat, self.mean + (self.test.x - x_hat))
+
+    def _subset(
+        self, name: str, coder: Coder, kept: Sequence[Bool[Tensor, " m"]]
     ) -> Iterator[ResultRow]:
-        """Yield sufficiency and necessity, of all latents or of some in each slot."""
-        codings = self._codings(coder, self.test)
-        if kept is not None:
-            codings = [
-                Coding(c.z * mask.to(c.z), c.W, c.b) for c, mask in zip(codings, kept, strict=True)
-            ]
-        x, x_hat = self.test.x, torch.stack([c.x_hat for c in codings], 1).to(self.test.x)
-        what = "" if kept is None else f"[F1 ≥ {self.config.bar:g}]"
-        there = self._outcome(x_hat).metric
-        gone = self._outcome(self.mean + (x - x_hat)).metric
+        """Yield what some latents of each slot do alone, and what is lost without them."""
+        codings = [
+            Coding(c.z * mask.to(c.z), c.W, c.b)
+            for c, mask in zip(self._codings(coder, self.test), kept, strict=True)
+        ]
+        x_hat = self._stacked([c.x_hat for c in codings])
+        said = self._stacked([c.said for c in codings])
+        what = f"[F1 ≥ {self.config.bar:g}]"
+        yield from self._replacing(name, what, x_hat, self.test.x - said)
+
+    def _replacing(
+        self,
+        name: str,
+        what: str,
+        there: Float[Tensor, "n slots d"],
+        gone: Float[Tensor, "n slots d"],
+    ) -> Iterator[ResultRow]:
+        """Yield sufficiency and necessity from the vectors with nothing else and with all else."""
         clean, ablated = self.clean.metric, self.ablated.metric
-        yield self._ratio(f"sufficiency{what}", there, clean, name)
-        yield self._ratio(f"necessity{what}", clean - gone, clean - ablated, name)
+        yield self._ratio(f"sufficiency{what}", self._outcome(there).metric, clean, name)
+        lost = clean - self._outcome(gone).metric
+        yield self._ratio(f"necessity{what}", lost, clean - ablated, name)
+
+    def _stacked(self, of_slots: Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "n slots d"]:
+        return torch.stack(list(of_slots), 1).to(self.test.x)
 
     # ------------------------------------------------------------------------------ sparse control
 
@@ -217,7 +236,7 @@ class SupervisedEvaluation:
         return found
 
     def _agree(self, edits: Sequence[SparseEdit], changed: Changed) -> Float[Tensor, " n"]:
-        change = torch.stack([edit.change for edit in edits], 1).to(self.test.x)
+        change = self._stacked([edit.change for edit in edits])
         return (self._outcome(self.test.x + change).answer == changed.answer).double()
 
     def _control(self, name: str, found: Agreements, supervised: Agreements) -> Iterator[ResultRow]:
@@ -241,7 +260,7 @@ class SupervisedEvaluation:
             f"latents[F1 ≥ {self.config.bar:g}]",
             sum(float(mask.sum()) for mask in kept) / len(kept), None, name, "latents",
         )  # fmt: skip
-        yield from self._approximation(name, coder, kept)
+        yield from self._subset(name, coder, kept)
 
     # ----------------------------------------------------------------------------------------- rows
 

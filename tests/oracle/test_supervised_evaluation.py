@@ -75,10 +75,10 @@ def model():
 
 
 class Silent:
-    """A dictionary that never says anything: every reconstruction is the mean."""
+    """A dictionary that never says anything: every reconstruction is its bias."""
 
-    def __init__(self, mean: Tensor) -> None:
-        self.W_dec, self.b_dec, self.d_in, self.d_out, self.d_sae = torch.eye(D), mean, D, D, D
+    def __init__(self, bias: Tensor) -> None:
+        self.W_dec, self.b_dec, self.d_in, self.d_out, self.d_sae = torch.eye(D), bias, D, D, D
 
     def encode(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -90,7 +90,11 @@ def scores(model):
     config = SupervisedConfig(budgets=[1, 2, 2 * D], moved=0.9)
     evaluation = SupervisedEvaluation(model, SITE, fit, test, config, seed=1)
     x = evaluation.fit.x[:, 0]
-    arms = {"basis": principal_directions(x), "silent": Silent(x.mean(0))}
+    arms = {
+        "basis": principal_directions(x),
+        "silent": Silent(x.mean(0)),
+        "off": Silent(x.mean(0) + 1),
+    }
     rows = list(evaluation.rows(arms))
     assert evaluation.section.slots == ("end",)
     return {(row.arm, row.name): row for row in rows}, evaluation
@@ -134,6 +138,13 @@ def test_a_dictionary_that_says_nothing_has_nothing(scores):
         assert found[SUPERVISED, f"edit_score[{attribute}, k=2]"].value == 1
 
 
+def test_removing_no_latent_changes_nothing_whatever_the_bias(scores):
+    found, _ = scores
+    for arm in ("silent", "off"):
+        assert found[arm, "latents[F1 ≥ 0.6]"].value == 0
+        assert found[arm, "necessity[F1 ≥ 0.6]"].value == 0
+
+
 def test_what_a_longer_attribute_hides_is_looked_for_in_every_dictionary(scores):
     found, _ = scores
     size = {a: found[SUPERVISED, f"norm[{a}]@end"].value for a in ("io", "subject")}
@@ -145,7 +156,7 @@ def test_what_a_longer_attribute_hides_is_looked_for_in_every_dictionary(scores)
         assert curve[0] == found[arm, f"f1[{shorter}]@end"].value
         assert set(curve) == {0} or arm == "basis"
     names = [name for arm, name in found if " | α(" in name]
-    assert len(names) == 2 * 5 and not any(f"f1[{longer}]" in name for name in names)
+    assert len(names) == 3 * 5 and not any(f"f1[{longer}]" in name for name in names)
 
 
 def test_no_score_where_the_supervised_edit_adds_too_little(model):
