@@ -5,8 +5,9 @@ counterfactual one, each at most once:
 
     Δ_i = (z_t,i − z_s,i) W[i]        i = argmin ‖(x_t − x_s) − current − Δ_i‖
 
-So a step removes what the latent wrote and adds what it would have written. With enough steps the
-edit is x̂_t − x̂_s, and leaves x_s's error. A latent's *weight* is its share of what the code says,
+So a step removes what the latent wrote and adds what it would have written. Latents whose code is
+the same in both are left alone. With enough steps the edit is the *whole* one, x̂_t − x̂_s, and
+leaves x_s's error. A latent's *weight* is its share of what the code says,
 ⟨z_i W[i], x̂ − b⟩ / ‖x̂ − b‖²; weights sum to 1, and an edit's magnitude is the weight of the
 latents that it takes away.
 
@@ -16,7 +17,7 @@ Makelov, Lange, Nanda 2025, arXiv 2405.08366, section 4 and their code.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.circuits.attributes import Coding
@@ -44,20 +45,15 @@ def greedy_edit(
 ) -> list[SparseEdit]:
     """Return the edits with 1, 2, … k latents, of rows that should move by `goal` = x_t − x_s.
 
-    Only latents that fire in the source or the target are taken; ties go to the lowest number.
-    Raises ShapeError if both codings have not the same directions.
+    Only latents whose code differs are taken; ties go to the lowest number. Raises ShapeError if
+    the codings are not of the same directions.
     """
-    if source.W.shape != target.W.shape or source.z.shape != target.z.shape:
-        raise ShapeError(
-            f"source and target should be coded alike, but are {tuple(source.z.shape)} and "
-            f"{tuple(target.z.shape)} codes of {len(source.W)} and {len(target.W)} directions"
-        )
-    fires = (source.z != 0) | (target.z != 0)
-    most = max(int(fires.sum(1).max()), 1)
+    differs = _differs(source, target)
+    most = max(int(differs.sum(1).max()), 1)
     step = max(1, _CHUNK // (most * source.W.shape[1]))
     parts = []
     for rows in torch.arange(len(goal)).split(step):
-        candidates, valid = _candidates(fires[rows], most)
+        candidates, valid = _candidates(differs[rows], most)
         weight = (target.z - source.z)[rows].gather(1, candidates)
         changes = weight[..., None] * source.W[candidates]
         parts.append(_pursue(changes, valid, candidates, goal[rows], k))
@@ -67,10 +63,32 @@ def greedy_edit(
     ]
 
 
-def _candidates(fires: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return the latents that fire in each row, ascending, and which entries are no filling."""
-    order = (~fires).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-    return order, fires.gather(1, order)
+@torch.no_grad()
+def whole_edit(source: Coding, target: Coding) -> SparseEdit:
+    """Return x̂_t − x̂_s as an edit: every latent whose code differs is changed.
+
+    Of two codes by labels that differ in one attribute, one feature is taken out and one put in.
+    """
+    latents, valid = _candidates(differs := _differs(source, target), int(differs.sum(1).max()))
+    return SparseEdit(target.said - source.said, torch.where(valid, latents, NONE))
+
+
+def _differs(source: Coding, target: Coding) -> Bool[Tensor, "n m"]:
+    """Return where codes differ. Raises ShapeError if they are not of the same directions."""
+    if source.W.shape != target.W.shape or source.z.shape != target.z.shape:
+        raise ShapeError(
+            f"source and target should be coded alike, but are {tuple(source.z.shape)} and "
+            f"{tuple(target.z.shape)} codes of {len(source.W)} and {len(target.W)} directions"
+        )
+    return source.z != target.z
+
+
+def _candidates(
+    differs: Bool[Tensor, "n m"], most: int
+) -> tuple[Int[Tensor, "n c"], Bool[Tensor, "n c"]]:
+    """Return the latents of each row that differ, ascending, and which entries are no filling."""
+    order = (~differs).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    return order, differs.gather(1, order)
 
 
 def _pursue(

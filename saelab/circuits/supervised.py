@@ -11,7 +11,7 @@ out of x: without any latent it is nothing.
 *Sparse control.* An edit by k latents should do what the true counterfactual does: share of
 prompts on which the model's next token is that of the patch x_s → x_t. `none` is the share
 without an edit; the score (agree − none) / (supervised − none) is left out where its denominator
-is small. The supervised edit takes one feature out and puts one in.
+is small. The supervised edit is x̂_t − x̂_s: one feature out, one in.
 
 *Interpretability.* The best F1 of latents about attributes, the same while a longer attribute is
 shrunk (`occlusion.py`), and sufficiency and necessity of the latents with an F1 above a bar alone.
@@ -39,7 +39,7 @@ from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.coders import ByDictionary, ByLabels, Coder, Labelled
 from saelab.circuits.interpretability import Interpretability
 from saelab.circuits.label_rows import NONE, SUPERVISED, mean, ratio, row
-from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, magnitude
+from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, magnitude, whole_edit
 from saelab.circuits.tasks import TaskData
 from saelab.circuits.vectors import Outcome, choose_slots, outcome, vectors
 from saelab.config import Config
@@ -48,7 +48,7 @@ from saelab.protocols import LanguageModel
 from saelab.stats import ResultRow
 
 _EDIT = 2
-"""Features that a supervised edit touches: one out, one in."""
+"""Features that the labels' edit touches: one out, one in."""
 
 
 class SupervisedConfig(Config):
@@ -143,12 +143,10 @@ class SupervisedEvaluation:
         for name, dictionary in dictionaries.items():
             arms[name] = ByDictionary.of(dictionary, self.fit.x)
         yield from self._baseline()
-        supervised = self._agreements(self.labels, [_EDIT])
+        supervised = self._agreements(self.labels)
         for name, coder in arms.items():
             yield from self._approximation(name, coder)
-            own = supervised if coder is self.labels else None
-            budgets = [_EDIT] if own else self.config.budgets
-            found = own or self._agreements(coder, budgets)
+            found = supervised if coder is self.labels else self._agreements(coder)
             yield from self._control(name, found, supervised)
             yield from self._interpretability(name, coder)
 
@@ -218,22 +216,31 @@ class SupervisedEvaluation:
             agree = (self.clean.answer == changed.answer).double()
             yield self._mean(f"agreement[{attribute}]", agree, NONE)
 
-    def _agreements(self, coder: Coder, budgets: Sequence[int]) -> Agreements:
+    def _agreements(self, coder: Coder) -> Agreements:
         """Return, by attribute and budget, which prompts agree and how large the edits were."""
         own, found = self._codings(coder, self.test), {}
         for attribute, changed in self.edits.items():
             other = self._codings(coder, changed.prompts)
-            goal = changed.prompts.x - self.test.x
-            slots = [
-                greedy_edit(own[i], other[i], goal[:, i].to(own[i].W), max(budgets))
-                for i in range(len(own))
-            ]
-            for k in budgets:
-                edits = [steps[k - 1] for steps in slots]
+            for k, edits in self._edits(coder, own, other, changed):
                 agree = self._agree(edits, changed)
                 size = torch.stack([magnitude(c, e) for c, e in zip(own, edits, strict=True)])
                 found[attribute, k] = (agree, size.mean(0).double().cpu())
         return found
+
+    def _edits(
+        self, coder: Coder, own: Sequence[Coding], other: Sequence[Coding], changed: Changed
+    ) -> Iterator[tuple[int, list[SparseEdit]]]:
+        """Yield edits of every slot by their budget: greedy ones, or for labels the whole one."""
+        if isinstance(coder, ByLabels):
+            yield _EDIT, [whole_edit(s, t) for s, t in zip(own, other, strict=True)]
+            return
+        goal, budgets = changed.prompts.x - self.test.x, self.config.budgets
+        slots = [
+            greedy_edit(s, t, goal[:, i].to(s.W), max(budgets))
+            for i, (s, t) in enumerate(zip(own, other, strict=True))
+        ]
+        for k in budgets:
+            yield k, [steps[k - 1] for steps in slots]
 
     def _agree(self, edits: Sequence[SparseEdit], changed: Changed) -> Float[Tensor, " n"]:
         change = self._stacked([edit.change for edit in edits])

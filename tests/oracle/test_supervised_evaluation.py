@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from saelab.circuits.attributes import (
     Attributes,
     Coding,
+    Supervised,
     attributes_of,
     counterfactual,
     fit_features,
 )
 from saelab.circuits.bases import Basis, principal_directions
+from saelab.circuits.coders import ByLabels
 from saelab.circuits.label_rows import SUPERVISED
 from saelab.circuits.predicates import best_claims, best_unions, claims, f1, predicates, splitting
-from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights
+from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights, whole_edit
 from saelab.circuits.supervised import SupervisedConfig, SupervisedEvaluation
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.vectors import choose_slots, outcome, vectors
@@ -51,16 +53,17 @@ def additive_model() -> BareModel:
 
 
 def prompts(model: BareModel, copies: int = 1) -> TaskData:
-    """Every pair of a value of `io` and one of `subject`, the model's own answer being right."""
+    """Every pair of a value of `io` and one of `subject`; right is the model's likeliest answer,
+    wrong its least likely one."""
     pairs = [(io, s) for io in IOS for s in SUBJECTS for _ in range(copies)]
     clean = torch.tensor([[0, io, s, s, 1] for io, s in pairs])
     corrupted = torch.tensor([[0, io, s, io, 1] for io, s in pairs])
-    logits, other = (model.logits(t)[:, -1] for t in (clean, corrupted))
+    logits = model.logits(clean)[:, -1]
     n = len(pairs)
     return TaskData(
         name="ioi", metric="logit_difference", clean=clean, corrupted=corrupted,
         unpredictable=corrupted, off_task=corrupted, lengths=torch.full((n,), 5),
-        right=(logits - other).argmax(1, keepdim=True), wrong=other.argmax(1, keepdim=True),
+        right=logits.argmax(1, keepdim=True), wrong=logits.argmin(1, keepdim=True),
         templates=torch.zeros(n, dtype=torch.int64),
         slots={s: torch.full((n,), i) for i, s in enumerate(("", "io", "s1", "s2", "end")) if s},
         attributes={
@@ -159,6 +162,29 @@ def test_what_a_longer_attribute_hides_is_looked_for_in_every_dictionary(scores)
     assert len(names) == 3 * 5 and not any(f"f1[{longer}]" in name for name in names)
 
 
+def test_the_labels_edit_takes_one_feature_out_and_puts_one_in_whatever_the_features(model):
+    """Features of chance lead away from the patch, so any other edit would be nearer to it."""
+    config = SupervisedConfig(budgets=[1], slots=["end"], least_gap=1e-9)
+    evaluation = SupervisedEvaluation(model, SITE, prompts(model, 2), prompts(model), config)
+    noise = torch.randn(8, D, generator=torch.Generator().manual_seed(5))
+    features = Supervised(noise, evaluation.fit.x[:, 0].mean(0))
+    evaluation.labels = ByLabels((features,))
+    found = {row.name: row for row in evaluation.rows({}) if row.arm == SUPERVISED}
+    test, columns = evaluation.test, evaluation.attributes.columns
+    for name, changed in evaluation.edits.items():
+        rows = range(len(test.data))
+        was, now = (
+            [columns.index((name, prompts.attributes[name][i])) for i in rows]
+            for prompts in (test.data, changed.prompts.data)
+        )
+        x = test.x[:, 0] - noise[was] + noise[now]
+        answer = outcome(model, test.data, SITE, ["end"], x[:, None]).answer
+        said = test.table.float() @ noise
+        share = (noise[was] * said).sum(1) / said.square().sum(1)
+        assert found[f"agreement[{name}, k=2]"].value == (answer == changed.answer).double().mean()
+        assert found[f"magnitude[{name}, k=2]"].value == pytest.approx(float(share.mean()))
+
+
 def test_no_score_where_the_supervised_edit_adds_too_little(model):
     config = SupervisedConfig(budgets=[1], least_gap=1.0, slots=["end"])
     evaluation = SupervisedEvaluation(model, SITE, prompts(model, 2), prompts(model), config)
@@ -175,10 +201,10 @@ def random_coding(generator, n=7, m=9, d=5):
 
 
 def slow_edit(z_s, z_t, W, goal, k):
-    """One row, one latent at a time, every candidate tried."""
+    """One row, one latent at a time, every one whose code differs tried."""
     current, taken = torch.zeros_like(goal), []
     for _ in range(k):
-        free = [i for i in range(len(W)) if i not in taken and (z_s[i] != 0 or z_t[i] != 0)]
+        free = [i for i in range(len(W)) if i not in taken and z_s[i] != z_t[i]]
         if not free:
             break
         best = min(free, key=lambda i: float((goal - current - (z_t[i] - z_s[i]) * W[i]).norm()))
@@ -190,7 +216,10 @@ def slow_edit(z_s, z_t, W, goal, k):
 def test_greedy_edits_are_those_of_trying_every_latent():
     generator = torch.Generator().manual_seed(0)
     source = random_coding(generator)
-    target = Coding(random_coding(generator).z, source.W, source.b)
+    z = random_coding(generator).z
+    target = Coding(
+        torch.where(torch.rand(7, 9, generator=generator) < 0.3, source.z, z), source.W, source.b
+    )
     goal = torch.randn(7, 5, generator=generator)
     for k, edit in enumerate(greedy_edit(source, target, goal, 6), 1):
         for row in range(7):
@@ -206,6 +235,29 @@ def test_with_enough_latents_the_edit_is_the_difference_of_the_reconstructions()
     edit = greedy_edit(source, target, torch.randn(7, 5, generator=generator), 9)[-1]
     torch.testing.assert_close(edit.change, target.x_hat - source.x_hat)
     torch.testing.assert_close(magnitude(source, edit), torch.ones(7))
+
+
+def test_a_latent_that_stays_as_it_is_is_never_taken():
+    """The one latent that changes leads away from the goal, the other two would do no harm."""
+    W, b = torch.eye(3), torch.zeros(3)
+    source, target = (Coding(torch.tensor([[z, 1.0, 2.0]]), W, b) for z in (1.0, 0.0))
+    for edit in greedy_edit(source, target, torch.tensor([[1.0, 0.0, 0.0]]), 2):
+        assert edit.latents[0].tolist()[:1] == [0] and edit.change.tolist() == [[-1.0, 0.0, 0.0]]
+        assert float(magnitude(source, edit)) == pytest.approx(1 / 6)
+    whole = whole_edit(source, target)
+    assert whole.latents.tolist() == [[0]] and whole.change.tolist() == [[-1.0, 0.0, 0.0]]
+
+
+def test_the_whole_edit_is_the_greedy_one_with_enough_latents():
+    generator = torch.Generator().manual_seed(6)
+    source = random_coding(generator)
+    target = Coding(random_coding(generator).z, source.W, source.b)
+    whole, greedy = (
+        whole_edit(source, target),
+        greedy_edit(source, target, torch.randn(7, 5, generator=generator), 9)[-1],
+    )
+    torch.testing.assert_close(whole.change, greedy.change)
+    torch.testing.assert_close(magnitude(source, whole), magnitude(source, greedy))
 
 
 def test_weights_sum_to_one_and_an_empty_code_has_none():
