@@ -4,12 +4,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.circuits.ability import mean_error
 from saelab.stats import ResultRow, over_documents, standard_error
 
 VERSION = 2
 """Bumped when the numbers of the same prompts change."""
 SUPERVISED, NONE = "supervised", "none"
 """Arms: the labels' own dictionary, and no edit at all."""
+
+_ERRORS = 3
+"""Standard errors that a mean has to be away from 0 before shares of it are reported."""
+
+
+def is_clear(values: Float[Tensor, " n"]) -> bool:
+    """Return whether a mean over prompts can be told from 0: a share of another says nothing."""
+    return abs(float(values.mean())) > _ERRORS * mean_error(values)
 
 
 def row(

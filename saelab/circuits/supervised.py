@@ -8,6 +8,8 @@ the metric that is lost with x̄ + (x − x̂) in place of x, over what is lost 
 alone x̂ is the sum of what they say and the bias, and what is lost is measured with that sum taken
 out of x: without any latent it is nothing.
 
+Both are left out where the metric that they are a share of is within three standard errors of 0.
+
 *Sparse control.* An edit by k latents should do what the true counterfactual does: share of
 prompts on which the model's next token is that of the patch x_s → x_t. `none` is the share
 without an edit; the score (agree − none) / (supervised − none) is left out where its denominator
@@ -19,6 +21,7 @@ shrunk (`occlusion.py`), and sufficiency and necessity of the latents with an F1
 Makelov, Lange, Nanda 2025, arXiv 2405.08366.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -28,6 +31,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from saelab.circuits.ability import mean_error
 from saelab.circuits.attributes import (
     Coding,
     Features,
@@ -38,7 +42,7 @@ from saelab.circuits.attributes import (
 from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.coders import ByDictionary, ByLabels, Coder, Labelled
 from saelab.circuits.interpretability import Interpretability
-from saelab.circuits.label_rows import NONE, SUPERVISED, mean, ratio, row
+from saelab.circuits.label_rows import NONE, SUPERVISED, is_clear, mean, ratio, row
 from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, magnitude, whole_edit
 from saelab.circuits.tasks import TaskData
 from saelab.circuits.vectors import Outcome, choose_slots, outcome, vectors
@@ -46,6 +50,8 @@ from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
 from saelab.stats import ResultRow
+
+log = logging.getLogger(__name__)
 
 _EDIT = 2
 """Features that the labels' edit touches: one out, one in."""
@@ -138,6 +144,7 @@ class SupervisedEvaluation:
         """
         for dictionary in dictionaries.values():
             in_forward_order(self.model, {self.section.site: dictionary})
+        self._say_what_is_left_out()
         yield self._row("moved", self.section.moved, None, SUPERVISED)
         arms: dict[str, Coder] = {SUPERVISED: self.labels}
         for name, dictionary in dictionaries.items():
@@ -175,6 +182,15 @@ class SupervisedEvaluation:
 
     # ---------------------------------------------------------------------------- approximation
 
+    def _say_what_is_left_out(self) -> None:
+        clean, ablated = self.clean.metric, self.ablated.metric
+        for what, whole in (("sufficiency", clean), ("necessity", clean - ablated)):
+            if not is_clear(whole):
+                log.warning(
+                    "%s is left out: the metric that it is a share of, %.3g ± %.2g, is within "
+                    "noise; take more test prompts", what, whole.mean(), mean_error(whole),
+                )  # fmt: skip
+
     def _approximation(self, name: str, coder: Coder) -> Iterator[ResultRow]:
         """Yield sufficiency and necessity of a whole dictionary."""
         x_hat = self._stacked([c.x_hat for c in self._codings(coder, self.test)])
@@ -202,9 +218,11 @@ class SupervisedEvaluation:
     ) -> Iterator[ResultRow]:
         """Yield sufficiency and necessity from the vectors with nothing else and with all else."""
         clean, ablated = self.clean.metric, self.ablated.metric
-        yield self._ratio(f"sufficiency{what}", self._outcome(there).metric, clean, name)
-        lost = clean - self._outcome(gone).metric
-        yield self._ratio(f"necessity{what}", lost, clean - ablated, name)
+        if is_clear(clean):
+            yield self._ratio(f"sufficiency{what}", self._outcome(there).metric, clean, name)
+        if is_clear(clean - ablated):
+            lost = clean - self._outcome(gone).metric
+            yield self._ratio(f"necessity{what}", lost, clean - ablated, name)
 
     def _stacked(self, of_slots: Sequence[Float[Tensor, "n d"]]) -> Float[Tensor, "n slots d"]:
         return torch.stack(list(of_slots), 1).to(self.test.x)

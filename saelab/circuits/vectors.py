@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saelab.circuits.ability import last_logits
 from saelab.circuits.attributes import at_slots
+from saelab.circuits.effects import require_gap
 from saelab.circuits.tasks import TaskData, Version
 from saelab.errors import ConfigError
 from saelab.protocols import Edit, LanguageModel
@@ -99,15 +100,15 @@ def choose_slots(
     """Return the fewest slots, those that carry most first, which together move `share`.
 
     They are chosen among `slots`, by default all that every prompt has. Raises ConfigError if they
-    do not move so much together, or if corrupted prompts have the same metric.
+    do not move so much together, TaskError if the metrics of clean and corrupted prompts differ by
+    no more than noise.
     """
     slots = slots or [name for name, at in data.slots.items() if bool((at >= 0).all())]
     clean = outcome(model, data, site, slots, batch=batch).metric
     other = vectors(model, data, site, slots, version="corrupted", batch=batch)
     swapped = data.measure(last_logits(model, data, "corrupted", batch=batch)).double().cpu()
+    require_gap(clean - swapped, data.name)
     gap = float((clean - swapped).mean())
-    if gap == 0:
-        raise ConfigError(f"corrupted prompts of {data.name} have the metric of the clean ones")
 
     def moved(chosen: Sequence[int]) -> float:
         names = [slots[i] for i in chosen]

@@ -1,5 +1,7 @@
 """Principled evaluations at both ends, on activations that are sums of what labels say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from circuit_toys import BareModel, linear_codes
@@ -23,7 +25,7 @@ from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights, 
 from saelab.circuits.supervised import SupervisedConfig, SupervisedEvaluation
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.vectors import choose_slots, outcome, vectors
-from saelab.errors import ArtifactError, ConfigError, ShapeError
+from saelab.errors import ArtifactError, ConfigError, ShapeError, TaskError
 from saelab.models.hooks import Point
 from saelab.types import SiteInfo
 
@@ -359,6 +361,34 @@ def test_slots_are_chosen_by_patching_the_fewest_first(model):
     x = vectors(model, data, SITE, ["s2", "end"])
     same = outcome(model, data, SITE, ["s2", "end"], x)
     torch.testing.assert_close(same.metric, outcome(model, data, SITE, ["end"]).metric)
+
+
+def test_slots_are_not_chosen_on_a_gap_within_noise(model):
+    """Corrupted prompts are other clean ones: gaps of either sign."""
+    data = prompts(model)
+    same = replace(data, corrupted=data.clean)
+    mixed = replace(data, corrupted=data.clean.roll(4, 0), wrong=data.right.roll(4, 0))
+    noisy = replace(mixed, right=data.wrong)
+    for within_noise in (same, noisy):
+        with pytest.raises(TaskError, match="within noise"):
+            choose_slots(model, within_noise, SITE)
+
+
+def test_a_share_of_a_metric_within_noise_is_left_out(model, caplog):
+    config = SupervisedConfig(budgets=[1], slots=["end"])
+    evaluation = SupervisedEvaluation(model, SITE, prompts(model, 2), prompts(model), config)
+    sign = torch.tensor([1.0, -1.0]).repeat(8).double()
+    evaluation.clean = replace(evaluation.clean, metric=sign)
+    evaluation.ablated = replace(evaluation.ablated, metric=sign - 1)
+    names = {row.name for row in evaluation.rows({})}
+    assert "necessity" in names and "necessity[F1 ≥ 0.6]" in names
+    assert not {name for name in names if name.startswith("sufficiency")}
+    evaluation.ablated = replace(evaluation.ablated, metric=torch.zeros(16).double())
+    names = {row.name for row in evaluation.rows({})}
+    assert "agreement[io, k=2]" in names
+    assert not {name for name in names if name.startswith(("sufficiency", "necessity"))}
+    assert caplog.text.count("sufficiency is left out") == 2
+    assert caplog.text.count("necessity is left out") == 1
 
 
 def test_bad_input_is_refused(model):

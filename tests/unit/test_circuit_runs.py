@@ -59,7 +59,7 @@ def supervised_config(out, paths):
         {
             "name": "toy-labels", "model": {"source": "toy"}, "out": out,
             "dictionaries": list(paths),
-            "task": {"name": "ioi", "fit": 160, "test": 8, "force": True},
+            "task": {"name": "ioi", "fit": 160, "test": 48, "force": True},
             "supervised": {"budgets": [2], "slots": ["end"], "batch": 32, "shrink": [1, 0]},
             "random_decoder": {"d_sae": 48, "k": 4},
         }
