@@ -94,7 +94,7 @@ def _write_supervised(
         "model": config.model.plain() | {"name": model.name},
         "site": site,
         "slots": list(section.slots),
-        "moved": section.moved,
+        "moved": next(row.value for row in rows if row.name == "moved"),
         "n_results": len(rows),
     }
 

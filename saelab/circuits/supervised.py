@@ -44,8 +44,9 @@ from saelab.circuits.coders import ByDictionary, ByLabels, Coder, Labelled
 from saelab.circuits.interpretability import Interpretability
 from saelab.circuits.label_rows import NONE, SUPERVISED, is_clear, mean, ratio, row
 from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, magnitude, whole_edit
+from saelab.circuits.strata import portion
 from saelab.circuits.tasks import TaskData
-from saelab.circuits.vectors import Outcome, choose_slots, outcome, vectors
+from saelab.circuits.vectors import Outcome, Swap, choose_slots, in_every_layer, outcome, vectors
 from saelab.config import Config
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
@@ -68,6 +69,8 @@ class SupervisedConfig(Config):
     """Share of the metric that the chosen slots have to carry."""
     slots: list[str] = []
     """Slots to choose among; by default all."""
+    pairs: PositiveInt = 128
+    """Fit prompts, with their corrupted versions, on which slots are chosen."""
     least_gap: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Agreement that the supervised edit has to add before scores are shares of it."""
     bar: Annotated[float, Field(gt=0, le=1)] = 0.6
@@ -93,8 +96,8 @@ Agreements = dict[tuple[str, int], tuple[Tensor, Tensor]]
 class SupervisedEvaluation:
     """Holds dictionaries of one site against a task's labels.
 
-    `fit` prompts give the features, the means and the choice of latents; on `test` prompts edits
-    and reconstructions are run. Raises ConfigError for a task without attributes.
+    `fit` prompts give the features, the means and the choice of slots and latents; on `test`
+    prompts edits and reconstructions are run. Raises ConfigError for a task without attributes.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class SupervisedEvaluation:
             )
         test = test.rows(known.nonzero()[:, 0])
         self.section = choose_slots(
-            model, test, site, share=self.config.moved, slots=self.config.slots,
+            model, self._choosing(fit), site, share=self.config.moved, slots=self.config.slots,
             batch=self.config.batch,
         )  # fmt: skip
         self.fit, self.test = self._labelled(fit), self._labelled(test)
@@ -145,7 +148,7 @@ class SupervisedEvaluation:
         for dictionary in dictionaries.values():
             in_forward_order(self.model, {self.section.site: dictionary})
         self._say_what_is_left_out()
-        yield self._row("moved", self.section.moved, None, SUPERVISED)
+        yield from self._moved()
         arms: dict[str, Coder] = {SUPERVISED: self.labels}
         for name, dictionary in dictionaries.items():
             arms[name] = ByDictionary.of(dictionary, self.fit.x)
@@ -158,6 +161,26 @@ class SupervisedEvaluation:
             yield from self._interpretability(name, coder)
 
     # ------------------------------------------------------------------------------- the model
+
+    def _choosing(self, fit: TaskData) -> TaskData:
+        """Return the fit prompts on which slots are chosen."""
+        size = min(self.config.pairs, len(fit))
+        return fit.rows(portion(fit.templates, size, seed=self.seed).nonzero()[:, 0])
+
+    def _moved(self) -> Iterator[ResultRow]:
+        """Yield what the chosen slots carry on test prompts, at the site and in other layers."""
+        site, slots = self.section.site, self.section.slots
+        swap = Swap(self.model, self.test.data, slots, batch=self.config.batch)
+        moved = self._ratio("moved", swap.moved(site, slots), swap.gaps, SUPERVISED)
+        if moved.value < self.config.moved:
+            log.warning(
+                "the slots moved %.0f %% of the metric on the prompts that chose them, but move "
+                "%.0f %% on test prompts; take more of both",
+                100 * self.section.moved, 100 * moved.value,
+            )  # fmt: skip
+        yield moved
+        for other in in_every_layer(self.model, site):
+            yield self._ratio(f"moved[{other}]", swap.moved(other, slots), swap.gaps, SUPERVISED)
 
     def _labelled(self, data: TaskData) -> Labelled:
         x = vectors(

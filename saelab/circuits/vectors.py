@@ -17,6 +17,7 @@ from saelab.circuits.effects import require_gap
 from saelab.circuits.tasks import TaskData, Version
 from saelab.errors import ConfigError
 from saelab.protocols import Edit, LanguageModel
+from saelab.types import SiteInfo
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class CrossSection:
     site: str
     slots: tuple[str, ...]
     moved: float
-    """Share of the metric's difference between clean and corrupted prompts that they carry."""
+    """Share of the metric's difference between clean and corrupted prompts that they carry, on the
+    prompts that chose them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,42 @@ def _put(at: Int[Tensor, "n slots"], x: Float[Tensor, "n slots d"]) -> Edit:
     return edit
 
 
+class Swap:
+    """How much of the metric's difference between clean and corrupted prompts goes through slots.
+
+    Raises TaskError if the difference is within noise.
+    """
+
+    def __init__(
+        self, model: LanguageModel, data: TaskData, slots: Sequence[str], *, batch: int = 16
+    ) -> None:
+        """Measure both ends; `slots` are those that can be asked about."""
+        self.model, self.data, self.slots, self.batch = model, data, tuple(slots), batch
+        clean, corrupted = (
+            data.measure(last_logits(model, data, version, batch=batch)).double().cpu()
+            for version in ("clean", "corrupted")
+        )
+        self.clean = clean
+        """The metric of each clean prompt."""
+        self.gaps = clean - corrupted
+        """What corrupted prompts take from it."""
+        require_gap(self.gaps, data.name)
+        self._held = dict[str, Tensor]()
+
+    def moved(self, site: str, slots: Sequence[str]) -> Float[Tensor, " n"]:
+        """Return what corrupted activations of some slots of a site take from the metric."""
+        if site not in self._held:
+            self._held[site] = vectors(
+                self.model, self.data, site, self.slots, version="corrupted", batch=self.batch
+            )
+        x = self._held[site][:, [self.slots.index(slot) for slot in slots]]
+        return self.clean - outcome(self.model, self.data, site, slots, x, batch=self.batch).metric
+
+    def share(self, site: str, slots: Sequence[str]) -> float:
+        """Return Σ moved / Σ gaps."""
+        return float(self.moved(site, slots).sum() / self.gaps.sum())
+
+
 def choose_slots(
     model: LanguageModel,
     data: TaskData,
@@ -104,25 +142,25 @@ def choose_slots(
     no more than noise.
     """
     slots = slots or [name for name, at in data.slots.items() if bool((at >= 0).all())]
-    clean = outcome(model, data, site, slots, batch=batch).metric
-    other = vectors(model, data, site, slots, version="corrupted", batch=batch)
-    swapped = data.measure(last_logits(model, data, "corrupted", batch=batch)).double().cpu()
-    require_gap(clean - swapped, data.name)
-    gap = float((clean - swapped).mean())
-
-    def moved(chosen: Sequence[int]) -> float:
-        names = [slots[i] for i in chosen]
-        found = outcome(model, data, site, names, other[:, list(chosen)], batch=batch)
-        return float((clean - found.metric).mean()) / gap
-
-    alone = [moved([i]) for i in range(len(slots))]
-    order = sorted(range(len(slots)), key=lambda i: -alone[i])
+    swap = Swap(model, data, slots, batch=batch)
+    alone = {slot: swap.share(site, [slot]) for slot in slots}
+    order = sorted(slots, key=lambda slot: -alone[slot])
     together = 0.0
     for n in range(1, len(order) + 1):
-        together = alone[order[0]] if n == 1 else moved(order[:n])
+        together = alone[order[0]] if n == 1 else swap.share(site, order[:n])
         if together >= share:
-            return CrossSection(site, tuple(slots[i] for i in order[:n]), together)
+            return CrossSection(site, tuple(order[:n]), together)
     raise ConfigError(
         f"the slots {', '.join(slots)} of {site} together move {together:.0%} of the metric, but "
         f"{share:.0%} is wanted: give more slots, another site, or a smaller share"
     )
+
+
+def in_every_layer(model: LanguageModel, site: str) -> list[str]:
+    """Return the sites at the same place in every layer, this one among them."""
+    mine = _place(model.site(site))
+    return [other.name for other in model.sites() if _place(other) == mine]
+
+
+def _place(site: SiteInfo) -> str:
+    return site.name if site.layer is None else site.name.replace(f".{site.layer}.", ".*.", 1)

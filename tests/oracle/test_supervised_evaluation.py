@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from circuit_toys import BareModel, linear_codes
+from circuit_toys import BRANCH, FIRST, LAST, BareModel, linear_codes, linear_model
 from doubles import WordTokenizer
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
@@ -22,14 +22,15 @@ from saelab.circuits.coders import ByLabels
 from saelab.circuits.label_rows import SUPERVISED
 from saelab.circuits.predicates import best_claims, best_unions, claims, f1, predicates, splitting
 from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights, whole_edit
+from saelab.circuits.strata import portion
 from saelab.circuits.supervised import SupervisedConfig, SupervisedEvaluation
 from saelab.circuits.tasks import TaskData, draw
-from saelab.circuits.vectors import choose_slots, outcome, vectors
+from saelab.circuits.vectors import Swap, choose_slots, in_every_layer, outcome, vectors
 from saelab.errors import ArtifactError, ConfigError, ShapeError, TaskError
 from saelab.models.hooks import Point
 from saelab.types import SiteInfo
 
-D, VOCAB, SITE = 8, 12, "blocks.0.hook_resid_post"
+D, VOCAB, SITE, NEXT = 8, 12, "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 IOS, SUBJECTS = (2, 3, 4, 5), (6, 7, 8, 9)
 
 
@@ -45,13 +46,18 @@ class _Gather(nn.Module):
 
 
 def additive_model() -> BareModel:
-    """x_end = Σ_p M_p E[token_p]; logits from a tanh of it, and so not linear."""
-    block = _Gather()
+    """x_end = Σ_p M_p E[token_p]; logits from a tanh of it, and so not linear.
+
+    The second block does nothing.
+    """
+    block, idle = _Gather(), nn.Identity()
     readout = (nn.Linear(D, 32), nn.Tanh(), nn.Linear(32, VOCAB))
-    network = nn.Sequential(nn.Embedding(VOCAB, D), block, *readout)
-    return BareModel(
-        "additive", network, [Point(SiteInfo(SITE, D, 0, "resid"), block, "out")], D, VOCAB
-    )
+    network = nn.Sequential(nn.Embedding(VOCAB, D), block, idle, *readout)
+    points = [
+        Point(SiteInfo(site, D, layer, "resid"), module, "out")
+        for layer, (site, module) in enumerate([(SITE, block), (NEXT, idle)])
+    ]
+    return BareModel("additive", network, points, D, VOCAB)
 
 
 def prompts(model: BareModel, copies: int = 1) -> TaskData:
@@ -115,7 +121,9 @@ def test_additive_activations_are_all_that_labels_say(scores):
                  "parts_recall[io]@end", "sufficiency[F1 ≥ 0.6]",
                  "necessity[F1 ≥ 0.6]"):  # fmt: skip
         assert found[SUPERVISED, name].value == pytest.approx(1, abs=1e-4), name
-    assert found[SUPERVISED, "moved"].value == pytest.approx(1, abs=1e-4)
+    for name in ("moved", f"moved[{SITE}]", f"moved[{NEXT}]"):
+        assert found[SUPERVISED, name].value == pytest.approx(1, abs=1e-4)
+        assert found[SUPERVISED, name].standard_error == pytest.approx(0, abs=1e-4)
     assert found[SUPERVISED, "latents[F1 ≥ 0.6]"].value == 8
     assert found[SUPERVISED, "norm[io]@end"].value > 0
 
@@ -361,6 +369,44 @@ def test_slots_are_chosen_by_patching_the_fewest_first(model):
     x = vectors(model, data, SITE, ["s2", "end"])
     same = outcome(model, data, SITE, ["s2", "end"], x)
     torch.testing.assert_close(same.metric, outcome(model, data, SITE, ["end"]).metric)
+
+
+def test_what_a_site_moves_is_what_its_part_of_the_logits_says():
+    """In a linear model a branch moves what its own change adds to the logits."""
+    linear = linear_model()
+    generator = torch.Generator().manual_seed(0)
+    clean, corrupted = (torch.randint(VOCAB - 1, (12, 5), generator=generator) for _ in range(2))
+    logits = linear.logits(clean)[:, -1]
+    data = replace(
+        prompts(additive_model()).rows(torch.arange(12)), clean=clean, corrupted=corrupted,
+        right=logits.argmax(1, keepdim=True), wrong=logits.argmin(1, keepdim=True),
+    )  # fmt: skip
+    swap = Swap(linear, data, ["s2", "end"])
+    torch.testing.assert_close(swap.moved(LAST, ["end"]), swap.gaps, rtol=1e-4, atol=1e-4)
+    assert not swap.moved(LAST, ["s2"]).any()
+    branch = [linear.capture(tokens, [BRANCH])[BRANCH][:, -1] for tokens in (clean, corrupted)]
+    change = (branch[0] - branch[1]) @ linear.network[-1].weight.T
+    expected = (change.gather(1, data.right) - change.gather(1, data.wrong))[:, 0].double()
+    torch.testing.assert_close(swap.moved(BRANCH, ["end"]), expected, rtol=1e-4, atol=1e-4)
+    share = float(expected.sum() / swap.gaps.sum())
+    assert swap.share(BRANCH, ["end"]) == pytest.approx(share, abs=1e-4)
+    assert in_every_layer(linear, FIRST) == [FIRST, LAST]
+    assert in_every_layer(linear, BRANCH) == [BRANCH]
+
+
+def test_slots_are_chosen_on_fit_prompts_and_what_they_move_is_said_of_test_prompts(model, caplog):
+    fit, test = prompts(model, 2), prompts(model, 4)
+    config = SupervisedConfig(budgets=[1], slots=["s2", "end"], pairs=16)
+    evaluation = SupervisedEvaluation(model, SITE, fit, test, config, seed=3)
+    chosen = fit.rows(portion(fit.templates, 16, seed=3).nonzero()[:, 0])
+    assert evaluation.section == choose_slots(model, chosen, SITE, slots=["s2", "end"])
+    swap = Swap(model, test, ["end"])
+    row = next(row for row in evaluation.rows({}) if row.name == "moved")
+    assert (row.n, row.value) == (64, pytest.approx(swap.share(SITE, ["end"])))
+    assert not caplog.text
+    evaluation.config = config.model_copy(update={"moved": 1.1})
+    next(evaluation.rows({}))
+    assert "on test prompts" in caplog.text
 
 
 def test_slots_are_not_chosen_on_a_gap_within_noise(model):
