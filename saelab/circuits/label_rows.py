@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.circuits.ability import mean_error
-from saelab.stats import ResultRow, over_documents, standard_error
+from saelab.stats import ResultRow, Statistic, over_documents, standard_error
 
 VERSION = 2
 """Bumped when the numbers of the same prompts change."""
@@ -33,9 +33,16 @@ def ratio(
 ) -> ResultRow:
     """Return Σ top / Σ bottom over prompts, with its bootstrap error."""
     sums = torch.stack([top, bottom], 1).double()
-    value = float(top.sum() / bottom.sum())
-    drawn = over_documents(sums, lambda s: s[:, 0] / s[:, 1], seed=seed)
-    return row(name, value, standard_error(drawn), arm, n=len(top))
+    return over_prompts(name, sums, lambda s: s[:, 0] / s[:, 1], arm, seed=seed)
+
+
+def over_prompts(
+    name: str, sums: Float[Tensor, "n q"], statistic: Statistic, arm: str, *, seed: int
+) -> ResultRow:
+    """Return a statistic of sums over prompts, with its bootstrap error."""
+    value = float(statistic(sums.sum(0, keepdim=True)))
+    drawn = over_documents(sums, statistic, seed=seed)
+    return row(name, value, standard_error(drawn), arm, n=len(sums))
 
 
 def mean(name: str, values: Float[Tensor, " n"], arm: str, *, seed: int) -> ResultRow:

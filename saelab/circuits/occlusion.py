@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.circuits.attributes import Attributes, Supervised
-from saelab.circuits.predicates import best_claims, claims
+from saelab.circuits.predicates import best_claims, claims, tallies
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Revealed:
     shorter: str
     factor: float
     """α, on the features of the longer."""
-    f1: float
-    """Mean over the values of the shorter of the best claim's F1, chosen and scored apart."""
+    tallies: Float[Tensor, "n three_p"]
+    """Of the best claim about each value of the shorter: `predicates.mean_f1` of their sums is the
+    mean F1. Claims are chosen and scored apart."""
 
 
 def lengths(features: Supervised, attributes: Attributes) -> dict[str, float]:
@@ -79,4 +80,5 @@ def occlusion(
             for name in shorter:
                 truth = table[:, attributes.of(name)]
                 best = best_claims(said[first], truth[first], said[~first], truth[~first])
-                yield Revealed(longer, name, factor, float(best.score.mean()))
+                found = tallies(said[~first][:, best.claim], truth[~first])
+                yield Revealed(longer, name, factor, found)

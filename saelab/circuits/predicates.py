@@ -1,9 +1,9 @@
 """How well a latent's firing says that something is so: the best F1 of each latent and predicate.
 
 A latent of either sign makes two claims, z > 0 and z < 0. Predicates are single values of an
-attribute, a value in one order, and unions of an attribute's values: for each latent the values by
-their F1, as many as improve it, up to a limit. Latents are chosen on some prompts and scored on
-others.
+attribute, a value in one order, a value that any attribute has, and unions of an attribute's
+values: for each latent the values by their F1, as many as improve it, up to a limit. Latents are
+chosen on some prompts and scored on others.
 
 Makelov, Lange, Nanda 2025, arXiv 2405.08366, section 5.
 """
@@ -21,6 +21,8 @@ PRECISE = 0.9
 """Precision from which on a latent counts as a part of a value."""
 FOUND = 0.5
 """F1 from which on a value counts as found."""
+IN_SENTENCE = "in sentence"
+"""The predicates that a value stands anywhere in the prompt."""
 
 
 def claims(z: Float[Tensor, "n m"], *, signed: bool) -> Bool[Tensor, "n signs_m"]:
@@ -65,52 +67,92 @@ def best_claims(
 
 
 def predicates(
-    columns: Sequence[tuple[str, str]],
-    table: Bool[Tensor, "n columns"],
-    *,
-    within: str | None = None,
-) -> tuple[list[tuple[str, str]], Bool[Tensor, "n p"]]:
-    """Return single values, and each value in one value of the attribute `within`, with names."""
-    names, truth = list(columns), [table]
-    conditions = [i for i, (name, _) in enumerate(columns) if name == within]
-    for i in conditions:
-        others = [j for j, (name, _) in enumerate(columns) if name != within]
-        truth.append(table[:, others] & table[:, [i]])
-        names += [(columns[j][0], f"{columns[j][1]}, {columns[i][1]}") for j in others]
-    return names, torch.cat(truth, 1)
+    columns: Sequence[tuple[str, str]], table: Bool[Tensor, "n columns"]
+) -> dict[str, Bool[Tensor, "n p"]]:
+    """Return predicates by kind: `io`, its single values; `io ∧ order`, each value in one value of
+    the first attribute that has two; `in sentence`, values that several attributes can have, where
+    any of them has it."""
+    names = list(dict.fromkeys(name for name, _ in columns))
+    of = {name: [i for i, (other, _) in enumerate(columns) if other == name] for name in names}
+    found = {name: table[:, of[name]] for name in names}
+    within = next((name for name in names if len(of[name]) == 2), None)
+    if within is not None:
+        for name in names:
+            if name != within:
+                joined = [found[name] & table[:, [i]] for i in of[within]]
+                found[f"{name} ∧ {within}"] = torch.cat(joined, 1)
+    values = [value for _, value in columns]
+    shared = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if shared:
+        places = ([i for i, other in enumerate(values) if other == value] for value in shared)
+        found[IN_SENTENCE] = torch.stack([table[:, at].any(1) for at in places], 1)
+    return found
+
+
+@dataclass(frozen=True)
+class Unions:
+    """Each claim's best union of an attribute's values."""
+
+    score: Float[Tensor, " m"]
+    """F1 about it."""
+    members: Bool[Tensor, "m values"]
+    """The values that are united."""
 
 
 def best_unions(
     fires: Bool[Tensor, "n m"], table: Bool[Tensor, "n values"], *, most: int = MOST_UNITED
-) -> Float[Tensor, " m"]:
-    """Return each claim's best F1 about a union of an attribute's values.
+) -> Unions:
+    """Return each claim's union with the best F1: values with the largest F1 are united first, up
+    to `most`, and never all, which would say nothing.
 
-    Values exclude each other. Those with the largest F1 are united first, up to `most`.
+    Values exclude each other.
     """
     fires_, truth = fires.double(), table.double()
+    most = max(min(most, table.shape[1] - 1), 1)
     order = f1(fires, table).argsort(dim=1, descending=True, stable=True)[:, :most]
     both = (fires_.T @ truth).gather(1, order).cumsum(1)
     true = truth.sum(0).expand(len(order), -1).gather(1, order).cumsum(1)
     total = fires_.sum(0)[:, None] + true
-    return (2 * both / torch.where(total > 0, total, 1)).max(1).values
+    best = (2 * both / torch.where(total > 0, total, 1)).max(1)
+    taken = torch.arange(most) <= best.indices[:, None]
+    none = torch.zeros(len(order), table.shape[1], dtype=torch.bool)
+    return Unions(best.values, none.scatter(1, order, taken))
+
+
+def tallies(said: Bool[Tensor, "n p"], truth: Bool[Tensor, "n p"]) -> Float[Tensor, "n three_p"]:
+    """Return what an F1 is made of, prompt by prompt: said rightly, said, true."""
+    return torch.cat([said & truth, said, truth], 1).double()
+
+
+def f1s(sums: Float[Tensor, "b three_p"]) -> Float[Tensor, "b p"]:
+    """Return the F1 of each predicate from sums of `tallies`; 0 for 0 / 0."""
+    both, said, true = sums.chunk(3, 1)
+    total = said + true
+    return 2 * both / torch.where(total > 0, total, 1)
+
+
+def mean_f1(sums: Float[Tensor, "b three_p"]) -> Float[Tensor, " b"]:
+    """Return the mean over predicates of their F1."""
+    return f1s(sums).mean(1)
+
+
+def share_found(sums: Float[Tensor, "b three_p"]) -> Float[Tensor, " b"]:
+    """Return the share of predicates with an F1 of at least `FOUND`."""
+    return (f1s(sums) >= FOUND).double().mean(1)
 
 
 @dataclass(frozen=True)
 class Splitting:
     """How an attribute's values are spread over latents, averaged over values."""
 
-    found: float
-    """Share of values about which some claim has an F1 of at least `FOUND`."""
     parts: float
     """Claims per value with a precision of at least `PRECISE`: more than one split it."""
     recall: float
     """Share of a value's prompts on which at least one of these fires."""
 
 
-def splitting(
-    fires: Bool[Tensor, "n m"], table: Bool[Tensor, "n values"], best: Float[Tensor, " values"]
-) -> Splitting:
-    """Return how values are split; `best` is each value's F1, chosen and scored apart.
+def splitting(fires: Bool[Tensor, "n m"], table: Bool[Tensor, "n values"]) -> Splitting:
+    """Return how values are split.
 
     A claim counts as a part if it fires on at least two prompts.
     """
@@ -119,8 +161,4 @@ def splitting(
     precise = (fires_.T @ truth / count.clamp(min=1) >= PRECISE) & (count >= 2)
     covered = ((fires_ @ precise.double()) > 0) & table
     recall = covered.double().sum(0) / truth.sum(0).clamp(min=1)
-    return Splitting(
-        float((best >= FOUND).double().mean()),
-        float(precise.double().sum(0).mean()),
-        float(recall.mean()),
-    )
+    return Splitting(float(precise.double().sum(0).mean()), float(recall.mean()))

@@ -7,9 +7,11 @@ counterfactual one, each at most once:
 
 So a step removes what the latent wrote and adds what it would have written. Latents whose code is
 the same in both are left alone. With enough steps the edit is the *whole* one, x̂_t − x̂_s, and
-leaves x_s's error. A latent's *weight* is its share of what the code says,
-⟨z_i W[i], x̂ − b⟩ / ‖x̂ − b‖²; weights sum to 1, and an edit's magnitude is the weight of the
-latents that it takes away.
+leaves x_s's error. A *guided* edit asks what latents say instead of where x_t lies: it takes out
+those of x_s whose firing tells the old value best, and puts in those of x_t for the new one.
+
+A latent's *weight* is its share of what the code says, ⟨z_i W[i], x̂ − b⟩ / ‖x̂ − b‖²; weights sum
+to 1, and an edit's magnitude is the weight of the latents that it takes away.
 
 Makelov, Lange, Nanda 2025, arXiv 2405.08366, section 4 and their code.
 """
@@ -71,6 +73,36 @@ def whole_edit(source: Coding, target: Coding) -> SparseEdit:
     """
     latents, valid = _candidates(differs := _differs(source, target), int(differs.sum(1).max()))
     return SparseEdit(target.said - source.said, torch.where(valid, latents, NONE))
+
+
+@torch.no_grad()
+def guided_edit(
+    source: Coding,
+    target: Coding,
+    about_source: Float[Tensor, "n m"],
+    about_target: Float[Tensor, "n m"],
+    k: int,
+) -> SparseEdit:
+    """Return the edit that takes out the k latents that say most of the source, and puts in the k
+    that say most of the target, each with its own code.
+
+    Scores are −∞ for latents that are not to be taken; ties go to the lowest number. `latents` of
+    the edit are those taken out.
+    """
+    out, into = (_top(about, k) for about in (about_source, about_target))
+    return SparseEdit(_written(target, into) - _written(source, out), out)
+
+
+def _top(score: Float[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
+    latents = score.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.where(score.gather(1, latents) > -torch.inf, latents, NONE)
+
+
+def _written(coding: Coding, latents: Int[Tensor, "n k"]) -> Float[Tensor, "n d"]:
+    """Return what some latents of each row say together."""
+    taken = latents.clamp(min=0)
+    z = coding.z.gather(1, taken) * (latents != NONE)
+    return torch.einsum("nk,nkd->nd", z, coding.W[taken])
 
 
 def _differs(source: Coding, target: Coding) -> Bool[Tensor, "n m"]:

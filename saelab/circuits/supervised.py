@@ -17,6 +17,8 @@ is small. The supervised edit is x̂_t − x̂_s: one feature out, one in.
 
 *Interpretability.* The best F1 of latents about attributes, the same while a longer attribute is
 shrunk (`occlusion.py`), and sufficiency and necessity of the latents with an F1 above a bar alone.
+Sparse control once more, by what latents say: those with the highest F1 about the old value are
+taken out, those about the new one put in.
 
 Makelov, Lange, Nanda 2025, arXiv 2405.08366.
 """
@@ -43,7 +45,7 @@ from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.coders import ByDictionary, ByLabels, Coder, Labelled
 from saelab.circuits.interpretability import Interpretability
 from saelab.circuits.label_rows import NONE, SUPERVISED, is_clear, mean, ratio, row
-from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, magnitude, whole_edit
+from saelab.circuits.sparse_edits import SparseEdit, greedy_edit, guided_edit, magnitude, whole_edit
 from saelab.circuits.strata import portion
 from saelab.circuits.tasks import TaskData
 from saelab.circuits.vectors import Outcome, Swap, choose_slots, in_every_layer, outcome, vectors
@@ -54,8 +56,8 @@ from saelab.stats import ResultRow
 
 log = logging.getLogger(__name__)
 
-_EDIT = 2
-"""Features that the labels' edit touches: one out, one in."""
+_WHOLE = "k=2"
+"""The labels' edit touches two features: one out, one in."""
 
 
 class SupervisedConfig(Config):
@@ -65,6 +67,8 @@ class SupervisedConfig(Config):
     """How labels become features."""
     budgets: list[PositiveInt] = [1, 2, 4, 8, 16, 32]
     """Latents that an edit of a dictionary may change, per slot."""
+    guided: list[PositiveInt] = [1, 2, 4]
+    """Latents that an edit guided by F1 takes out, per slot, and as many it puts in."""
     moved: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of the metric that the chosen slots have to carry."""
     slots: list[str] = []
@@ -89,8 +93,10 @@ class Changed:
     answer: Tensor
 
 
-Agreements = dict[tuple[str, int], tuple[Tensor, Tensor]]
-"""By attribute and budget: whether each prompt agrees, and the size of its edit."""
+Agreements = dict[tuple[str, str], tuple[Tensor, Tensor]]
+"""By attribute and kind of edit: whether each prompt agrees, and the size of its edit."""
+Claims = Sequence[Bool[Tensor, "n claims"]]
+"""Where the claims of a coder's latents hold among the fit prompts, in each slot."""
 
 
 class SupervisedEvaluation:
@@ -153,12 +159,13 @@ class SupervisedEvaluation:
         for name, dictionary in dictionaries.items():
             arms[name] = ByDictionary.of(dictionary, self.fit.x)
         yield from self._baseline()
-        supervised = self._agreements(self.labels)
+        supervised = self._agreements(self.labels, self.interpretability.claims(self.labels))
         for name, coder in arms.items():
+            said = self.interpretability.claims(coder)
             yield from self._approximation(name, coder)
-            found = supervised if coder is self.labels else self._agreements(coder)
+            found = supervised if coder is self.labels else self._agreements(coder, said)
             yield from self._control(name, found, supervised)
-            yield from self._interpretability(name, coder)
+            yield from self._interpretability(name, coder, said)
 
     # ------------------------------------------------------------------------------- the model
 
@@ -257,65 +264,88 @@ class SupervisedEvaluation:
             agree = (self.clean.answer == changed.answer).double()
             yield self._mean(f"agreement[{attribute}]", agree, NONE)
 
-    def _agreements(self, coder: Coder) -> Agreements:
-        """Return, by attribute and budget, which prompts agree and how large the edits were."""
+    def _agreements(self, coder: Coder, said: Claims) -> Agreements:
+        """Return, by attribute and edit, which prompts agree and how large the edits were."""
         own, found = self._codings(coder, self.test), {}
         for attribute, changed in self.edits.items():
             other = self._codings(coder, changed.prompts)
-            for k, edits in self._edits(coder, own, other, changed):
+            kinds = self._edits(coder, own, other, changed)
+            if self.config.guided:
+                kinds |= self._guided(attribute, coder, said, own, other)
+            for kind, edits in kinds.items():
                 agree = self._agree(edits, changed)
                 size = torch.stack([magnitude(c, e) for c, e in zip(own, edits, strict=True)])
-                found[attribute, k] = (agree, size.mean(0).double().cpu())
+                found[attribute, kind] = (agree, size.mean(0).double().cpu())
         return found
 
     def _edits(
         self, coder: Coder, own: Sequence[Coding], other: Sequence[Coding], changed: Changed
-    ) -> Iterator[tuple[int, list[SparseEdit]]]:
-        """Yield edits of every slot by their budget: greedy ones, or for labels the whole one."""
+    ) -> dict[str, list[SparseEdit]]:
+        """Return edits of every slot by their budget: greedy ones, or for labels the whole one."""
         if isinstance(coder, ByLabels):
-            yield _EDIT, [whole_edit(s, t) for s, t in zip(own, other, strict=True)]
-            return
+            return {_WHOLE: [whole_edit(s, t) for s, t in zip(own, other, strict=True)]}
         goal, budgets = changed.prompts.x - self.test.x, self.config.budgets
         slots = [
             greedy_edit(s, t, goal[:, i].to(s.W), max(budgets))
             for i, (s, t) in enumerate(zip(own, other, strict=True))
         ]
-        for k in budgets:
-            yield k, [steps[k - 1] for steps in slots]
+        return {f"k={k}": [steps[k - 1] for steps in slots] for k in budgets}
+
+    def _guided(
+        self,
+        attribute: str,
+        coder: Coder,
+        said: Claims,
+        own: Sequence[Coding],
+        other: Sequence[Coding],
+    ) -> dict[str, list[SparseEdit]]:
+        """Return edits of every slot by latents with a high F1 about the old and the new value."""
+
+        def about(
+            codings: Sequence[Coding], table: Bool[Tensor, "n columns"]
+        ) -> list[Float[Tensor, "n m"]]:
+            return [
+                self.interpretability.about(attribute, fires, table, c.z, signed=coder.signed)
+                for fires, c in zip(said, codings, strict=True)
+            ]
+
+        slots = list(
+            zip(
+                own, other, about(own, self.test.table),
+                about(other, self.edits[attribute].prompts.table), strict=True,
+            )
+        )  # fmt: skip
+        return {
+            f"F1, k={k}": [guided_edit(s, t, old, new, k) for s, t, old, new in slots]
+            for k in self.config.guided
+        }
 
     def _agree(self, edits: Sequence[SparseEdit], changed: Changed) -> Float[Tensor, " n"]:
         change = self._stacked([edit.change for edit in edits])
         return (self._outcome(self.test.x + change).answer == changed.answer).double()
 
     def _control(self, name: str, found: Agreements, supervised: Agreements) -> Iterator[ResultRow]:
-        for (attribute, k), (agree, size) in found.items():
-            what = f"[{attribute}, k={k}]"
+        for (attribute, kind), (agree, size) in found.items():
+            what = f"[{attribute}, {kind}]"
             yield self._mean(f"agreement{what}", agree, name)
             yield self._mean(f"magnitude{what}", size, name)
             none = (self.clean.answer == self.edits[attribute].answer).double()
-            best = supervised[attribute, _EDIT][0]
+            best = supervised[attribute, _WHOLE][0]
             if float((best - none).mean()) >= max(self.config.least_gap, 1e-12):
                 yield self._ratio(f"edit_score{what}", agree - none, best - none, name)
 
     # --------------------------------------------------------------------------- interpretability
 
-    def _interpretability(self, name: str, coder: Coder) -> Iterator[ResultRow]:
+    def _interpretability(self, name: str, coder: Coder, said: Claims) -> Iterator[ResultRow]:
         """Yield what latents say of attributes, and what those that say something do alone."""
-        said = self.interpretability.claims(coder)
         yield from self.interpretability.rows(name, coder, said)
         kept = self.interpretability.interpretable(coder, said)
-        yield self._row(
-            f"latents[F1 ≥ {self.config.bar:g}]",
-            sum(float(mask.sum()) for mask in kept) / len(kept), None, name, "latents",
-        )  # fmt: skip
+        count = sum(float(mask.sum()) for mask in kept) / len(kept)
+        n = int(self.interpretability.first.sum())
+        yield row(f"latents[F1 ≥ {self.config.bar:g}]", count, None, name, n=n, unit="latents")
         yield from self._subset(name, coder, kept)
 
     # ----------------------------------------------------------------------------------------- rows
-
-    def _row(
-        self, name: str, value: float, error: float | None, arm: str, unit: str = "share"
-    ) -> ResultRow:
-        return row(name, value, error, arm, n=len(self.test.data), unit=unit)
 
     def _mean(self, name: str, values: Float[Tensor, " n"], arm: str) -> ResultRow:
         return mean(name, values, arm, seed=self.seed)

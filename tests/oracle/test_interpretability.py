@@ -38,3 +38,39 @@ def test_labels_say_all_of_every_attribute_of_drawn_prompts(of_labels):
         for what in ("f1", "found", "parts", "parts_recall"):
             assert found[f"{what}[{attribute}]@end"].value == 1, (what, attribute)
     assert of_labels.interpretable(coder, said)[0].all()
+
+
+def test_rows_say_on_how_many_prompts_and_how_surely(of_labels):
+    coder = of_labels.labels
+    rows = {row.name: row for row in of_labels.rows(SUPERVISED, coder, of_labels.claims(coder))}
+    assert {row.n for name, row in rows.items() if not name.startswith("norm")} == {160}
+    assert {row.n for name, row in rows.items() if name.startswith("norm")} == {320}
+    assert rows["f1[order]@end"].standard_error == 0
+    joined = rows["f1[io ∧ order]@end"]
+    assert 0.5 < joined.value < 0.8 and 0 < joined.standard_error < 0.05
+    assert rows["f1[in sentence]@end"].standard_error > 0
+    assert "f1[∪ order]@end" not in rows and rows["f1[∪ io]@end"].value == 1
+
+
+def test_a_claim_about_a_value_is_looked_up_for_each_prompts_own_value(of_labels):
+    prompts, coder = of_labels.prompts, of_labels.labels
+    said, z = of_labels.claims(coder)[0], prompts.table[:5].float()
+    about = of_labels.about("io", said, prompts.table[:5], z, signed=False)
+    own = of_labels.attributes.of("io")
+    for row in range(5):
+        best = int(prompts.table[row, own].int().argmax())
+        assert int(about[row].argmax()) == own[best] and float(about[row].max()) == 1
+        assert torch.equal(about[row].isfinite(), prompts.table[row])
+    both = torch.cat([said, ~said], 1)
+    turned = of_labels.about("io", both, prompts.table[:5], -z, signed=True)
+    assert torch.equal(turned.isfinite(), prompts.table[:5])
+    assert float(turned.max()) < 1
+
+
+def test_one_name_in_two_orders_is_a_predicate_of_its_own(of_labels):
+    """Codes that fire for one name in one order, and for it anywhere in the sentence."""
+    joined, mentioned = (of_labels.predicates[kind] for kind in ("io ∧ order", "in sentence"))
+    rows = {row.name: row for row in of_labels.rows("codes", of_labels.labels, [joined])}
+    assert rows["f1[io ∧ order]@end"].value == 1 and rows["f1[io]@end"].value < 1
+    rows = {row.name: row for row in of_labels.rows("codes", of_labels.labels, [mentioned])}
+    assert rows["f1[in sentence]@end"].value == 1 and rows["f1[subject]@end"].value < 1

@@ -20,8 +20,27 @@ from saelab.circuits.attributes import (
 from saelab.circuits.bases import Basis, principal_directions
 from saelab.circuits.coders import ByLabels
 from saelab.circuits.label_rows import SUPERVISED
-from saelab.circuits.predicates import best_claims, best_unions, claims, f1, predicates, splitting
-from saelab.circuits.sparse_edits import NONE, greedy_edit, magnitude, weights, whole_edit
+from saelab.circuits.predicates import (
+    IN_SENTENCE,
+    best_claims,
+    best_unions,
+    claims,
+    f1,
+    f1s,
+    mean_f1,
+    predicates,
+    share_found,
+    splitting,
+    tallies,
+)
+from saelab.circuits.sparse_edits import (
+    NONE,
+    greedy_edit,
+    guided_edit,
+    magnitude,
+    weights,
+    whole_edit,
+)
 from saelab.circuits.strata import portion
 from saelab.circuits.supervised import SupervisedConfig, SupervisedEvaluation
 from saelab.circuits.tasks import TaskData, draw
@@ -125,6 +144,12 @@ def test_additive_activations_are_all_that_labels_say(scores):
         assert found[SUPERVISED, name].value == pytest.approx(1, abs=1e-4)
         assert found[SUPERVISED, name].standard_error == pytest.approx(0, abs=1e-4)
     assert found[SUPERVISED, "latents[F1 ≥ 0.6]"].value == 8
+    for name in ("io", "subject"):
+        for what in ("agreement", "magnitude", "edit_score"):
+            guided = found[SUPERVISED, f"{what}[{name}, F1, k=1]"]
+            assert guided.value == found[SUPERVISED, f"{what}[{name}, k=2]"].value
+        none = found["none", f"agreement[{name}]"].value
+        assert found["silent", f"agreement[{name}, F1, k=4]"].value == none
     assert found[SUPERVISED, "norm[io]@end"].value > 0
 
 
@@ -270,6 +295,36 @@ def test_the_whole_edit_is_the_greedy_one_with_enough_latents():
     torch.testing.assert_close(magnitude(source, whole), magnitude(source, greedy))
 
 
+def slow_guided(source, target, about_source, about_target, k):
+    """One row: the latents that fire, those with the best scores first."""
+    change = torch.zeros(source.W.shape[1])
+    taken = []
+    for sign, coding, about in ((-1, source, about_source), (1, target, about_target)):
+        fires = [i for i, score in enumerate(about.tolist()) if score > -float("inf")]
+        for i in sorted(fires, key=lambda i: -float(about[i]))[:k]:
+            change = change + sign * coding.z[0, i] * coding.W[i]
+            taken += [i] if sign < 0 else []
+    return change, taken
+
+
+def test_guided_edits_exchange_the_latents_that_say_most():
+    generator = torch.Generator().manual_seed(7)
+    source = random_coding(generator)
+    target = Coding(random_coding(generator).z, source.W, source.b)
+    about = [
+        torch.rand(7, 9, generator=generator).where(coding.z != 0, -torch.inf)
+        for coding in (source, target)
+    ]
+    for k in (1, 3, 9):
+        edit = guided_edit(source, target, *about, k)
+        for i in range(7):
+            row = [Coding(c.z[[i]], c.W, c.b) for c in (source, target)]
+            change, taken = slow_guided(*row, about[0][i], about[1][i], k)
+            torch.testing.assert_close(edit.change[i], change)
+            assert [latent for latent in edit.latents[i].tolist() if latent != NONE] == taken
+    torch.testing.assert_close(edit.change, target.x_hat - source.x_hat)
+
+
 def test_weights_sum_to_one_and_an_empty_code_has_none():
     coding = random_coding(torch.Generator().manual_seed(2))
     torch.testing.assert_close(weights(coding).sum(1), torch.ones(7))
@@ -288,12 +343,27 @@ def test_f1_is_scikit_learns_and_unions_are_the_best_of_their_values():
     values = torch.nn.functional.one_hot(torch.randint(5, (40,), generator=generator), 5).bool()
     table = f1(fires, values)
     unions = best_unions(fires, values, most=3)
+    sums = tallies(fires[:, [0, 3]], values[:, [1, 4]]).sum(0, keepdim=True)
+    pairs = [f1_score(values[:, 1], fires[:, 0]), f1_score(values[:, 4], fires[:, 3])]
+    assert f1s(sums)[0].tolist() == pytest.approx(pairs)
+    assert float(mean_f1(sums)) == pytest.approx(sum(pairs) / 2)
+    assert float(share_found(sums)) == sum(pair >= 0.5 for pair in pairs) / 2
     for i in range(6):
         single = [f1_score(values[:, j], fires[:, i]) for j in range(5)]
         assert table[i].tolist() == pytest.approx(single)
         order = sorted(range(5), key=lambda j: -single[j])
         united = [f1_score(values[:, order[:n]].any(1), fires[:, i]) for n in (1, 2, 3)]
-        assert float(unions[i]) == pytest.approx(max(united))
+        assert float(unions.score[i]) == pytest.approx(max(united))
+        members = values[:, unions.members[i]].any(1)
+        assert f1_score(members, fires[:, i]) == pytest.approx(float(unions.score[i]))
+
+
+def test_all_values_together_are_no_union():
+    """A latent that always fires says nothing of which of two values there is."""
+    values = torch.tensor([[True, False], [False, True]]).repeat(4, 1)
+    always = torch.ones(8, 1, dtype=torch.bool)
+    unions = best_unions(always, values)
+    assert float(unions.score) == pytest.approx(2 / 3) and unions.members.sum() == 1
 
 
 def test_claims_of_either_sign_are_chosen_on_one_half_and_scored_on_the_other():
@@ -312,18 +382,29 @@ def test_a_value_in_three_parts_is_counted_as_split():
     for part in range(3):
         fires[2 * part : 2 * part + 2, part] = True
     fires[6:, 3] = True
-    found = splitting(fires, table, f1(fires, table).max(0).values)
-    assert (found.found, found.parts, found.recall) == (1.0, 2.0, 1.0)
-    none = splitting(fires[:, :0], table, torch.zeros(2))
-    assert (none.found, none.parts, none.recall) == (0.0, 0.0, 0.0)
+    found = splitting(fires, table)
+    assert (found.parts, found.recall) == (2.0, 1.0)
+    none = splitting(fires[:, :0], table)
+    assert (none.parts, none.recall) == (0.0, 0.0)
 
 
 def test_predicates_join_values_with_those_of_one_attribute():
-    columns = [("io", "a"), ("io", "b"), ("order", "ABBA"), ("order", "BABA")]
-    table = torch.tensor([[True, False, True, False], [False, True, False, True]])
-    names, truth = predicates(columns, table, within="order")
-    assert names[4:] == [("io", "a, ABBA"), ("io", "b, ABBA"), ("io", "a, BABA"), ("io", "b, BABA")]
-    assert truth[:, 4:].tolist() == [[True, False, False, False], [False, False, False, True]]
+    columns = [("io", x) for x in "abc"] + [("order", "ABBA"), ("order", "BABA")]
+    table = torch.tensor([[True, False, False, True, False], [False, True, False, False, True]])
+    found = predicates(columns, table)
+    assert list(found) == ["io", "order", "io ∧ order"]
+    assert found["order"].tolist() == table[:, 3:].tolist()
+    assert found["io ∧ order"].tolist() == [
+        [True, False, False, False, False, False],
+        [False, False, False, False, True, False],
+    ]
+
+
+def test_a_name_is_in_the_sentence_as_either_of_two_attributes():
+    columns = [("io", "a"), ("io", "b"), ("subject", "b"), ("subject", "c")]
+    table = torch.tensor([[True, False, False, True], [True, False, True, False]])
+    assert predicates(columns, table)[IN_SENTENCE].tolist() == [[False], [True]]
+    assert IN_SENTENCE not in predicates(columns[1:2], table[:, 1:2])
 
 
 # ----------------------------------------------------------------------------- prompts and features

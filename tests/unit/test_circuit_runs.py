@@ -197,6 +197,8 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     for attribute in ("subject", "order"):
         assert values["supervised", f"f1[{attribute}]@end"] == pytest.approx(1)
     assert 0 <= values[floor, "agreement[io, k=2]"] <= 1
+    numbers = {row["name"]: row["n"] for row in rows}
+    assert (numbers["f1[subject]@end"], numbers["norm[io]@end"], numbers["moved"]) == (80, 160, 48)
     assert {arm for arm, name in values if " | α(" in name} == {"toy-1-0", floor}
     console = Console(width=160, record=True)
     console.print(supervised_table(found))
