@@ -92,16 +92,20 @@ class Interpretability:
             kept.append(mask)
         return kept
 
+    def guide(
+        self, attribute: str, said: Bool[Tensor, "n claims"]
+    ) -> Float[Tensor, "values claims"]:
+        """Return the F1 of every claim about every value of an attribute, on all prompts."""
+        return f1(said, self.predicates[attribute]).T
+
     def about(
-        self, attribute: str, said: Bool[Tensor, "n claims"], table: Bool[Tensor, "m columns"],
-        z: Float[Tensor, "m d_sae"], *, signed: bool,
+        self, attribute: str, guide: Float[Tensor, "values claims"],
+        table: Bool[Tensor, "m columns"], z: Float[Tensor, "m d_sae"], *, signed: bool,
     ) -> Float[Tensor, "m d_sae"]:  # fmt: skip
-        """Return how well each firing latent of other prompts says what value they have: the F1 of
-        its claim about it on all prompts here, −∞ where it does not fire."""
-        own = self.attributes.of(attribute)
-        value = table[:, own].int().argmax(1)
-        score = f1(said, self.prompts.table[:, own]).T[value].to(z.device)
-        score = score.masked_fill(~claims(z, signed=signed), -torch.inf)
+        """Return how well each latent of other prompts says what value they have: its claim's F1
+        about it in the guide, −∞ where it does not fire."""
+        value = table[:, self.attributes.of(attribute)].int().argmax(1)
+        score = guide[value].to(z.device).masked_fill(~claims(z, signed=signed), -torch.inf)
         return score.unflatten(1, (-1, z.shape[1])).amax(1)
 
     def _f1(self, name: str, slot: int, fires: Bool[Tensor, "n claims"]) -> Iterator[ResultRow]:

@@ -300,13 +300,14 @@ class SupervisedEvaluation:
         other: Sequence[Coding],
     ) -> dict[str, list[SparseEdit]]:
         """Return edits of every slot by latents with a high F1 about the old and the new value."""
+        guides = [self.interpretability.guide(attribute, fires) for fires in said]
 
         def about(
             codings: Sequence[Coding], table: Bool[Tensor, "n columns"]
         ) -> list[Float[Tensor, "n m"]]:
             return [
-                self.interpretability.about(attribute, fires, table, c.z, signed=coder.signed)
-                for fires, c in zip(said, codings, strict=True)
+                self.interpretability.about(attribute, guide, table, c.z, signed=coder.signed)
+                for guide, c in zip(guides, codings, strict=True)
             ]
 
         slots = list(

@@ -55,13 +55,14 @@ def test_rows_say_on_how_many_prompts_and_how_surely(of_labels):
 def test_a_claim_about_a_value_is_looked_up_for_each_prompts_own_value(of_labels):
     prompts, coder = of_labels.prompts, of_labels.labels
     said, z = of_labels.claims(coder)[0], prompts.table[:5].float()
-    about = of_labels.about("io", said, prompts.table[:5], z, signed=False)
+    guide = of_labels.guide("io", said)
+    about = of_labels.about("io", guide, prompts.table[:5], z, signed=False)
     own = of_labels.attributes.of("io")
     for row in range(5):
         best = int(prompts.table[row, own].int().argmax())
         assert int(about[row].argmax()) == own[best] and float(about[row].max()) == 1
         assert torch.equal(about[row].isfinite(), prompts.table[row])
-    both = torch.cat([said, ~said], 1)
+    both = of_labels.guide("io", torch.cat([said, ~said], 1))
     turned = of_labels.about("io", both, prompts.table[:5], -z, signed=True)
     assert torch.equal(turned.isfinite(), prompts.table[:5])
     assert float(turned.max()) < 1
