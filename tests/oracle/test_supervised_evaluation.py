@@ -475,12 +475,22 @@ def test_what_a_site_moves_is_what_its_part_of_the_logits_says():
     assert in_every_layer(linear, BRANCH) == [BRANCH]
 
 
-def test_slots_are_chosen_on_fit_prompts_and_what_they_move_is_said_of_test_prompts(model, caplog):
+def test_slots_are_chosen_on_fit_prompts_and_what_they_move_is_said_of_test_prompts(
+    model, caplog, monkeypatch
+):
+    asked = []
+
+    def choose(model, data, *args, **options):
+        asked.append(data)
+        return choose_slots(model, data, *args, **options)
+
+    monkeypatch.setattr("saelab.circuits.supervised.choose_slots", choose)
     fit, test = prompts(model, 2), prompts(model, 4)
     config = SupervisedConfig(budgets=[1], slots=["s2", "end"], pairs=16)
     evaluation = SupervisedEvaluation(model, SITE, fit, test, config, seed=3)
     chosen = fit.rows(portion(fit.templates, 16, seed=3).nonzero()[:, 0])
-    assert evaluation.section == choose_slots(model, chosen, SITE, slots=["s2", "end"])
+    assert [data.clean.tolist() for data in asked] == [chosen.clean.tolist()]
+    assert evaluation.section.slots == ("end",)
     swap = Swap(model, test, ["end"])
     row = next(row for row in evaluation.rows({}) if row.name == "moved")
     assert (row.n, row.value) == (64, pytest.approx(swap.share(SITE, ["end"])))
