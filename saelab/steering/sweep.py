@@ -8,6 +8,7 @@ after the prompt leave it at 0.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.config import digest
 from saelab.edits import Handle, LatentEdit, steer
 from saelab.edits.placement import Steerable, encode_prompts
 from saelab.errors import ConfigError
@@ -49,6 +51,20 @@ class CleanText:
     """Per prompt: after its last token, then after each token of its continuation."""
 
 
+def seeds_of(prompts: Sequence[str], seed: int) -> list[int]:
+    """Return the seed by which each prompt's continuation is drawn.
+
+    It depends on the prompt and on how often it came before, not on its place: whatever else is
+    written, and under whatever edits, a prompt is continued with the same noise.
+    """
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(int(digest([seed, seen[prompt], prompt])[:16], 16))
+        seen[prompt] += 1
+    return seeds
+
+
 def clean_text(
     model: Steerable,
     prompts: Sequence[str],
@@ -65,8 +81,9 @@ def clean_text(
         raise ConfigError(f"a dose needs {MIN_PROMPTS} prompts or more, but {len(prompts)} came")
     tokens, starts = encode_prompts(model, prompts)
     whole = model.generate(
-        tokens, max_new_tokens=positions, temperature=temperature, seed=seed, lengths=starts
-    )
+        tokens, max_new_tokens=positions, temperature=temperature, seed=seeds_of(prompts, seed),
+        lengths=starts,
+    )  # fmt: skip
     whole = whole.cpu()
     ends = [_end(model, row, start) for row, start in zip(whole, starts.tolist(), strict=True)]
     ends = [min(end, start + positions) for end, start in zip(ends, starts.tolist(), strict=True)]
@@ -319,17 +336,21 @@ def continuations(
     *,
     max_new_tokens: int = 32,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch: int = 32,
 ) -> Continuations:
-    """Return a model's continuations under edits, in batches of prompts with one cache each."""
+    """Return a model's continuations under edits, in batches of prompts with one cache each.
+
+    `seed` is one number, of which each prompt gets a seed of its own (`seeds_of`), or the seeds.
+    """
+    seeds = seeds_of(prompts, seed) if isinstance(seed, int) else seed
     texts: list[str] = []
     for first in range(0, len(prompts), batch):
         tokens, starts = encode_prompts(model, prompts[first : first + batch])
         with steer(model, *edits):
             whole = model.generate(
                 tokens, max_new_tokens=max_new_tokens, temperature=temperature,
-                seed=seed + first, lengths=starts,
+                seed=seeds[first : first + batch], lengths=starts,
             )  # fmt: skip
         texts += written_texts(model, whole, starts, tokens.shape[1])
     return Continuations(tuple(prompts), tuple(texts))

@@ -30,6 +30,7 @@ from saelab.steering.sweep import (
     clean_text,
     continuations,
     matched_strengths,
+    seeds_of,
 )
 
 _DOSED = 8
@@ -282,11 +283,12 @@ class Trial:
         )  # fmt: skip
 
     def prompted(self, instruction: str) -> Response:
-        """Return the response to an instruction before each prompt, without an edit."""
+        """Return the response to an instruction before each prompt, without an edit; prompts are
+        continued with the same noise as under edits."""
         found = continuations(
             self._model, instructed(self.prompts, instruction),
             max_new_tokens=self._max_new_tokens, temperature=self._temperature,
-            seed=self._seed + 2,
+            seed=seeds_of(self.prompts, self._seed + 2),
         )  # fmt: skip
         # losses are read after the bare prompts, like everyone's
         found = Continuations(self.prompts, found.texts)
