@@ -20,6 +20,8 @@ RESAMPLES = 1000
 _CHUNK = 1 << 22
 """Numbers held at once while resampling."""
 _ROUNDING = 1e-13
+_OTHER = 1 << 32
+"""Added to a seed, for draws that have nothing to do with those of documents."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,31 @@ def bootstrap_weights(
     equal seed, `n` and `resamples`.
     """
     return torch.cat([statistic(weights) for weights in _draws(n, resamples, seed, n)])
+
+
+def crossed_bootstrap(
+    cells: Float[Tensor, "rows docs q"],
+    statistic: Statistic,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Float[Tensor, " resamples"]:
+    """Return the statistic of each resample of both rows and documents, from the sums of each cell.
+
+    For numbers over directions and documents, both drawn at random: a cell counts as often as its
+    row times as often as its document is drawn (Owen 2007, "The pigeonhole bootstrap", arXiv
+    0712.1111). Documents are drawn as in `bootstrap`; with one row it is the same.
+    """
+    cells, n_rows = cells.double(), len(cells)
+    generator = torch.Generator().manual_seed(seed + _OTHER)
+
+    def crossed(documents: Float[Tensor, "b docs"]) -> Float[Tensor, "b 1"]:
+        drawn = torch.randint(n_rows, (len(documents), n_rows), generator=generator)
+        rows = torch.zeros(drawn.shape, dtype=torch.float64)
+        rows.scatter_add_(1, drawn, torch.ones_like(rows))
+        return statistic(torch.einsum("br,bd,rdq->bq", rows, documents, cells))[:, None]
+
+    return bootstrap_weights(cells.shape[1], crossed, resamples=resamples, seed=seed)[:, 0]
 
 
 def bootstrap_median(

@@ -195,9 +195,9 @@ class SteeringEvaluator:
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
         yield from rows.by_dose(name, found.curve)
         sums = others_sums(ground.others, chosen.reported, ground.trial)
-        sums = sums[reported_half(len(sums))]
+        sums = sums[:, reported_half(sums.shape[1])]
         yield rows.summed("steering_others_change", sums, mean_distance, "judge", name)
         edits = found.edits()
         if edits is not None:
             sums = ce_sums(model, edits, ground.neutral)
-            yield rows.summed("steering_ce_change", sums, mean_change, "nats", name)
+            yield rows.summed("steering_ce_change", sums[None], mean_change, "nats", name)

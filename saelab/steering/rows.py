@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.stats import ResultRow, Statistic, bootstrap, standard_error
+from saelab.stats import ResultRow, Statistic, crossed_bootstrap, standard_error
 from saelab.steering.judges import Validation
 from saelab.steering.trial import Measure, Response
 
@@ -45,12 +45,17 @@ class Rows:
         )  # fmt: skip
 
     def summed(
-        self, name: str, sums: Float[Tensor, "n q"], statistic: Statistic, unit: str, arm: str
+        self,
+        name: str,
+        sums: Float[Tensor, "directions n q"],
+        statistic: Statistic,
+        unit: str,
+        arm: str,
     ) -> ResultRow:
-        """Return a row of a statistic of sums per prompt or window."""
-        value = float(statistic(sums.sum(0, keepdim=True)))
-        drawn = bootstrap(sums, statistic, resamples=self.resamples, seed=self.seed)
-        return self.row(name, value, unit, arm, drawn, n=len(sums))
+        """Return a row of a statistic of each direction's sums per prompt or window."""
+        value = float(statistic(sums.sum((0, 1))[None]))
+        drawn = crossed_bootstrap(sums, statistic, resamples=self.resamples, seed=self.seed)
+        return self.row(name, value, unit, arm, drawn, n=sums.shape[1])
 
     def judge(self) -> Iterator[ResultRow]:
         """Yield how well the judge tells texts apart that no edit has touched."""

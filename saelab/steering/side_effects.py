@@ -52,21 +52,17 @@ def mean_change(totals: Float[Tensor, "b 2"]) -> Float[Tensor, " b"]:
 
 def others_sums(
     judges: Sequence[Judge], response: Response, trial: Trial
-) -> Float[Tensor, "prompts judges_and_1"]:
-    """Return how much each judge's score of each prompt's text moves, and whether there is one.
-
-    Means over the directions that continued the prompt, over its unsteered continuations.
-    """
+) -> Float[Tensor, "directions prompts judges_and_1"]:
+    """Return how much each judge's score of each prompt's text moves over that of its unsteered
+    continuations, and 1: for each direction, as a share of those that continued the prompt."""
     n = len(trial.prompts)
-    total = torch.zeros(n, len(judges), dtype=torch.float64)
-    n_written = torch.zeros(n, 1, dtype=torch.float64)
-    for asked, one in zip(response.asked, response.written, strict=True):
-        total[list(asked)] += torch.stack([judge(one.texts).double() for judge in judges], 1)
-        n_written[list(asked)] += 1
     usual = [judge(trial.usual.texts).double().reshape(-1, n).mean(0) for judge in judges]
-    moved = total / n_written.clamp(min=1) - torch.stack(usual, 1)
-    seen = n_written > 0
-    return torch.cat([torch.where(seen, moved, 0.0), seen.double()], 1)
+    parts = torch.zeros(len(response.written), n, len(judges) + 1, dtype=torch.float64)
+    for part, asked, one in zip(parts, response.asked, response.written, strict=True):
+        own = list(asked)
+        moved = [judge(one.texts).double() - u[own] for judge, u in zip(judges, usual, strict=True)]
+        part[own] = torch.stack([*moved, torch.ones(len(own), dtype=torch.float64)], 1)
+    return parts / parts[..., -1].sum(0)[:, None].clamp(min=1)
 
 
 def mean_distance(totals: Float[Tensor, "b judges_and_1"]) -> Float[Tensor, " b"]:

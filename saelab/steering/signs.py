@@ -129,7 +129,7 @@ class SignsEvaluator:
             yield rows.row("signs_reached", float(pair is not None), "share", name)
             if pair is None:
                 continue
-            sums = pair.sums(reported=True)
+            sums = pair.sums(reported=True)[None]
             yield rows.summed("signs_least", sums, least, "judge", name)
             yield rows.summed("signs_opposed", sums, opposed, "judge", name)
             for side, response in (("up", pair.up), ("down", pair.down)):

@@ -18,7 +18,7 @@ from saelab.edits import Handle, LatentEdit, Where, add
 from saelab.edits.placement import Steerable
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
-from saelab.stats import Difference, Statistic, bootstrap, paired_difference
+from saelab.stats import Difference, Statistic, bootstrap, crossed_bootstrap
 from saelab.steering.baselines import instructed
 from saelab.steering.beside import continuations_beside
 from saelab.steering.fluency import Band, band, fluent, steering_score
@@ -68,9 +68,16 @@ def _score(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
 
 def shares(n_directions: int, n_prompts: int) -> list[tuple[int, ...]]:
     """Return which prompts each direction of an arm continues: all, or of many directions each
-    every so many, so that each prompt is continued by at least five."""
+    every so many, so that each prompt is continued by at least five.
+
+    They are dealt in pairs of which one chooses and one is reported on (`reported_half`), so that
+    all directions write in both halves.
+    """
     every = max(1, n_directions // _WRITERS)
-    return [tuple(range(i % every, n_prompts, every)) for i in range(n_directions)]
+    pairs = [range(i % every, n_prompts, every) for i in range(n_directions)]
+    return [
+        tuple(j for pair in own for j in (2 * pair, 2 * pair + 1) if j < n_prompts) for own in pairs
+    ]
 
 
 Measure = Literal["score", "lift", "fluency"]
@@ -96,6 +103,8 @@ class Response:
     """Per direction that reached the dose, what the model wrote."""
     asked: tuple[tuple[int, ...], ...] = ()
     """Which prompts each of them continued."""
+    per_direction: Float[Tensor, "directions prompts 5"] | None = None
+    """What each of them adds to `sums`; with it, intervals are over directions too."""
 
     @property
     def lift(self) -> float:
@@ -114,7 +123,9 @@ class Response:
 
     def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
         """Return what was done on some of the prompts; texts and doses are those of all."""
-        return replace(self, sums=self.sums[prompts])
+        own = self.per_direction
+        parts = None if own is None else own[:, prompts]
+        return replace(self, sums=self.sums[prompts], per_direction=parts)
 
     @property
     def _totals(self) -> Float[Tensor, "1 5"]:
@@ -123,19 +134,24 @@ class Response:
     def replicates(
         self, measure: Measure = "score", *, resamples: int = 1000, seed: int = 0
     ) -> Float[Tensor, " resamples"]:
-        """Return a measure in each resample of prompts; equal seeds draw the same prompts."""
-        return bootstrap(self.sums, _STATISTICS[measure], resamples=resamples, seed=seed)
+        """Return a measure in each resample of prompts, and of an arm's directions where there are
+        several; equal seeds draw the same prompts."""
+        statistic, drawing = _STATISTICS[measure], {"resamples": resamples, "seed": seed}
+        if self.per_direction is None:
+            return bootstrap(self.sums, statistic, **drawing)
+        return crossed_bootstrap(self.per_direction, statistic, **drawing)
 
     def interval(
         self, measure: Measure = "score", *, resamples: int = 1000, seed: int = 0
     ) -> Difference:
-        """Return a measure with its 95 % interval over prompts."""
+        """Return a measure with its 95 % interval over prompts and directions."""
         drawn = self.replicates(measure, resamples=resamples, seed=seed)
         return Difference.of(getattr(self, measure), drawn)
 
     def over(self, other: "Response", *, resamples: int = 1000, seed: int = 0) -> Difference:
         """Return this score minus another arm's, paired by prompt, with its 95 % interval."""
-        return paired_difference(self.sums, other.sums, _score, resamples=resamples, seed=seed)
+        drawn = [one.replicates(resamples=resamples, seed=seed) for one in (self, other)]
+        return Difference.of(self.score - other.score, torch.sub(*drawn))
 
 
 @dataclass(frozen=True)
@@ -276,10 +292,12 @@ class Trial:
         written: Sequence[tuple[tuple[int, ...], Continuations]],
     ) -> Response:
         known = [one.kl_last_prompt for one in matched if one.kl_last_prompt is not None]
+        parts = self._parts(written)
         return Response(
             name, target, matched, sum(known) / len(known) if known else None, self._judge.name,
-            self._sums(written), tuple(text for _, text in written),
-            tuple(asked for asked, _ in written),
+            parts.sum(0) if written else parts.new_full(parts.shape[1:], torch.nan),
+            tuple(text for _, text in written), tuple(asked for asked, _ in written),
+            parts if written else None,
         )  # fmt: skip
 
     def prompted(self, instruction: str) -> Response:
@@ -294,18 +312,17 @@ class Trial:
         found = Continuations(self.prompts, found.texts)
         return self._response("prompt", None, (), [(tuple(range(len(self.prompts))), found)])
 
-    def _sums(
+    def _parts(
         self, written: Sequence[tuple[tuple[int, ...], Continuations]]
-    ) -> Float[Tensor, "prompts 5"]:
-        """Return the mean over directions of what each prompt counts; NaN without a direction."""
-        total = torch.zeros(len(self.prompts), 5, dtype=torch.float64)
-        n_written = torch.zeros(len(self.prompts), 1, dtype=torch.float64)
-        for asked, one in written:
+    ) -> Float[Tensor, "directions prompts 5"]:
+        """Return what each direction counts of each prompt, as a share of those that continued
+        it."""
+        parts = torch.zeros(len(written), len(self.prompts), 5, dtype=torch.float64)
+        for part, (asked, one) in zip(parts, written, strict=True):
             own = list(asked)
             scores, usual = self._judge(one.texts).double(), self.unsteered[own]
             known = ~(scores.isnan() | usual.isnan())
             fine = fluent(self._reader, one, self.band).double()
             pair = (torch.where(known, values, 0) for values in (scores, usual))
-            total[own] += torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1)
-            n_written[own] += 1
-        return total / n_written.clamp(min=1) if written else total + torch.nan
+            part[own] = torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1)
+        return parts / parts[..., 4].sum(0)[:, None].clamp(min=1)

@@ -16,7 +16,7 @@ from saelab.steering.candidates import (
     concept_tokens,
 )
 from saelab.steering.judges import LexiconJudge
-from saelab.steering.trial import Response, Trial, adding, select, shares
+from saelab.steering.trial import Response, Trial, adding, reported_half, select, shares
 
 SITE = "blocks.1.hook_resid_post"
 WORDS = ("can", "may", "will", "must", "should", "would", "could", "did")
@@ -61,19 +61,49 @@ def test_the_concept_is_lifted_by_its_direction_alone(trial, towards):
     assert lift.low <= lift.value == concept.lift <= lift.high
 
 
+@pytest.mark.parametrize(("n_directions", "n_prompts"), [(20, 16), (20, 8), (10, 12), (2, 3)])
+def test_every_direction_writes_in_both_halves_and_every_prompt_has_its_writers(
+    n_directions, n_prompts
+):
+    dealt = shares(n_directions, n_prompts)
+    writers = min(n_directions, 5)
+    assert all(sum(place in own for own in dealt) == writers for place in range(n_prompts))
+    for half in (reported_half(n_prompts), ~reported_half(n_prompts)):
+        assert all(half[list(own)].any() for own in dealt)
+    if n_directions == 20:
+        assert dealt[0] == (0, 1, 8, 9)[: n_prompts // 4]
+
+
 def test_many_directions_share_the_prompts(trial, towards):
-    assert shares(2, 3) == 2 * [(0, 1, 2)]
-    many = shares(20, 16)
-    assert many[0] == (0, 4, 8, 12)
-    assert all(sum(place in own for own in many) == 5 for place in range(16))
     (found,) = trial.responses({"concept": adding(towards, 10 * [0])}, [3.0], largest=200.0)
-    assert found.asked == 5 * ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert found.asked == 5 * ((0, 1, 4, 5), (2, 3, 6, 7))
     assert [len(one.texts) for one in found.written] == 10 * [4]
     scores = torch.zeros(8).double()
     for own, one in zip(found.asked, found.written, strict=True):
         scores[list(own)] += trial._judge(one.texts).double() / 5
     torch.testing.assert_close(found.sums[:, 0], scores)
     assert torch.equal(found.sums[:, 4], torch.ones(8).double())
+    torch.testing.assert_close(found.per_direction.sum(0), found.sums)
+    torch.testing.assert_close(found.where(reported_half(8)).per_direction.sum(0), found.sums[1::2])
+
+
+def test_the_spread_of_directions_is_in_the_interval():
+    """Twenty directions of which half lift by 1 and half by 0, on every prompt alike."""
+    cells = torch.zeros(20, 16, 5, dtype=torch.float64)
+    for i, own in enumerate(shares(20, 16)):
+        cells[i, list(own), 0], cells[i, list(own), 2:] = float(i < 10), 1
+    cells /= 5
+    both = Response("random", 0.1, (), None, "none", cells.sum(0), (), per_direction=cells)
+    reported, drawn = both.where(reported_half(16)), {"resamples": 400}
+    assert reported.lift == pytest.approx(0.5)
+    error = float(reported.replicates("lift", **drawn).std())
+    assert (
+        0.5 / 20**0.5 < error < 1.5 * 0.5 / 20**0.5
+    )  # prompts, and which directions met, add to it
+    prompts = Response("random", 0.1, (), None, "none", cells.sum(0), ())
+    steady = response(16 * [0.5], 16 * [1.0])
+    assert prompts.over(steady, **drawn).standard_error < both.over(steady, **drawn).standard_error
+    assert both.over(both, **drawn).standard_error == 0
 
 
 def test_a_dose_out_of_reach_has_no_score(trial, towards):
