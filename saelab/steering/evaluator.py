@@ -125,7 +125,7 @@ class SteeringEvaluator:
     """Steers every concept by a dictionary's latents and by what they have to beat."""
 
     name = "steering"
-    version = 2
+    version = 3
 
     def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
         """Steer at `site`; by default the store's only one."""

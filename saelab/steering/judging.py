@@ -183,12 +183,13 @@ class Judges:
 
     def validated(self, place: int, model: Steerable, *, new_tokens: int, seed: int) -> Validation:
         """Return a judge's AUROC on held-out documents that it did not learn from, and on what the
-        unsteered model writes after their first words."""
+        unsteered model writes after the first words of some, half of them with the label."""
         texts, truth = self._unseen(place)
-        heads = [" ".join(text.split()[:_HEAD]) for text in texts[:_VALIDATED]]
+        drawn = _stratified(truth, _VALIDATED, seed)
+        heads = [" ".join(texts[i].split()[:_HEAD]) for i in drawn]
         written = continuations(model, heads, max_new_tokens=new_tokens, temperature=1.0, seed=seed)
         judge = self.of(place)
-        found = validate(judge, (texts, truth), (written.texts, truth[:_VALIDATED]))
+        found = validate(judge, (texts, truth), (written.texts, truth[drawn]))
         if self._corpus is None:
             return found
         own, positive = self._corpus.part(self._called(place), held=True)
@@ -207,6 +208,14 @@ class Judges:
         kept = targets[:, told].any(1) if int(told.sum()) > 1 else torch.ones(len(texts)).bool()
         some = [text for text, keep in zip(texts, kept.tolist(), strict=True) if keep]
         return some, targets[kept, place]
+
+
+def _stratified(positive: Bool[Tensor, " n"], n: int, seed: int) -> list[int]:
+    """Return places drawn at random, half of `n` on each side, or all where a side has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [side.nonzero()[:, 0] for side in (positive, ~positive)]
+    drawn = [one[torch.randperm(len(one), generator=generator)[: n // 2]] for one in sides]
+    return torch.cat(drawn).tolist()
 
 
 def judges_of(store: Store, labelled: Labelled, config: JudgeConfig | None) -> Judges:

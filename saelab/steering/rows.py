@@ -1,5 +1,6 @@
 """Result rows of a steered concept: each with its resamples over prompts, or over windows."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,10 +54,10 @@ class Rows:
         return self.row(name, value, unit, arm, drawn, n=len(sums))
 
     def judge(self) -> Iterator[ResultRow]:
-        """Yield how well the judge tells texts apart that no edit has touched."""
+        """Yield how well the judge tells texts apart that no edit has touched, where it does."""
         for side in ("heldout_auroc", "generated_auroc", "own_auroc"):
             value = getattr(self.validation, side)
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 yield self.row(f"steering_judge_{side}", value, "AUC", "judge")
 
     def response(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:

@@ -85,7 +85,7 @@ class SignsEvaluator:
     """Steers every concept both ways by a dictionary's latents and by what they have to beat."""
 
     name = "signs"
-    version = 1
+    version = 2
 
     def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
         """Steer at `site`; by default the store's only one."""

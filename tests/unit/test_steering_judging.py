@@ -1,13 +1,17 @@
 """Judges learn from another corpus than the one that is steered by, and from no text of it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from saelab.errors import ConfigError
 from saelab.labels import Labelled, Part
+from saelab.steering import judging
 from saelab.steering.judging import JudgeConfig, Judges, rated_lexicon, read_corpus
 from saelab.steering.kinds import judge_inputs
 from saelab.steering.scene import SteeringConfig
+from saelab.steering.sweep import Continuations
 
 KNOWN = ["Glad seen before."]
 WORDS = {"good": ("fine", "lovely", "kind"), "bad": ("dull", "awful", "mean")}
@@ -77,6 +81,28 @@ def test_every_fifth_text_of_a_judges_corpus_only_tests_it(config, toy_model, la
     assert Judges(labelled, None, KNOWN).validated(
         0, toy_model, new_tokens=2, seed=0
     ).own_auroc is None  # fmt: skip
+
+
+def test_half_of_the_continued_documents_have_the_label(labelled, toy_model, monkeypatch):
+    texts = [*(f"sad {n}" for n in range(100)), *(f"glad {n}" for n in range(40)), "glad last"]
+    labelled = replace(labelled, parts=dict(labelled.parts) | {"test": part(*texts)})
+    heads: list[str] = []
+
+    def write(model, prompts, **how):
+        heads.extend(prompts)
+        return Continuations(tuple(prompts), tuple(prompts))
+
+    monkeypatch.setattr(judging, "continuations", write)
+    judges = Judges(labelled, None, KNOWN)
+    found = judges.validated(0, toy_model, new_tokens=2, seed=0)
+    assert (len(heads), len(set(heads))) == (64, 64)
+    assert sum(head.startswith("glad") for head in heads) == 32
+    assert found.generated_auroc == pytest.approx(found.heldout_auroc, abs=0.2)
+    assert heads[:32] != texts[100:132]
+    few = replace(labelled, parts=dict(labelled.parts) | {"test": part(*texts[:101])})
+    heads.clear()
+    Judges(few, None, KNOWN).validated(0, toy_model, new_tokens=2, seed=0)
+    assert [head.startswith("glad") for head in heads].count(True) == 1
 
 
 def test_a_concept_that_the_corpus_does_not_know_is_refused(config, labelled):
