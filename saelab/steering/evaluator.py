@@ -8,7 +8,7 @@ are validated on held-out documents and on unsteered generations. Rows: docs/ste
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from saelab.edits import LatentEdit
@@ -16,8 +16,7 @@ from saelab.edits.placement import Steerable
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
-from saelab.steering.judges import NgramJudge
-from saelab.steering.judging import Judges
+from saelab.steering.judging import Judges, Panel
 from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
 from saelab.steering.scene import Scene, SteeringConfig
@@ -80,9 +79,9 @@ class Ground:
 
     trial: Trial
     rows: Rows
-    others: Sequence[NgramJudge]
-    """Judges of the other labels."""
     neutral: Neutral
+    others: Panel | None = None
+    """Judges of the other labels; None where there is none but the opposite."""
     arms: dict[str, Steered] = field(default_factory=dict)
     """What no dictionary is needed for."""
     kept: list[ResultRow] = field(default_factory=list)
@@ -117,7 +116,7 @@ def ground_of(
         scene.labelled.classes[place], validation, int(reported_half(len(config.prompts)).sum()),
         evaluator, version, config.resamples, config.seed,
     )  # fmt: skip
-    return Ground(trial, rows, judges.of_others(place), neutral_windows(store, scene.site, model))
+    return Ground(trial, rows, neutral_windows(store, scene.site, model))
 
 
 @final
@@ -151,6 +150,10 @@ class SteeringEvaluator:
         ground = ground_of(
             model, store, scene, judges, place, evaluator=self.name, version=self.version
         )
+        others = judges.of_others(
+            scene.others(place), model, new_tokens=self.config.new_tokens, seed=self.config.seed
+        )
+        ground = replace(ground, others=others)
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
         instruction = self.config.instruction.replace("{label}", scene.labelled.classes[place])
@@ -194,9 +197,12 @@ class SteeringEvaluator:
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
         yield from rows.by_dose(name, found.curve)
-        sums = others_sums(ground.others, chosen.reported, ground.trial)
-        sums = sums[reported_half(len(sums))]
-        yield rows.summed("steering_others_change", sums, mean_distance, "judge", name)
+        if ground.others is not None:
+            sums = others_sums(ground.others.judges, chosen.reported, ground.trial)
+            sums = sums[reported_half(len(sums))]
+            yield rows.read_by(ground.others.validation).summed(
+                "steering_others_change", sums, mean_distance, "judge", name
+            )
         edits = found.edits()
         if edits is not None:
             sums = ce_sums(model, edits, ground.neutral)

@@ -239,6 +239,15 @@ class Validation:
         """Whether both are known and at least .8; rows of other judges are marked."""
         return all(area >= MIN_AUROC for area in (self.heldout_auroc, self.generated_auroc))
 
+    @classmethod
+    def of_all(cls, several: Sequence["Validation"]) -> "Validation":
+        """Return what holds of several judges of one name: the least area of each kind, NaN where
+        one is."""
+        areas = torch.tensor(
+            [[one.heldout_auroc, one.generated_auroc] for one in several], dtype=torch.float64
+        )
+        return cls(several[0].judge, *areas.amin(0).tolist())
+
 
 def validate(
     judge: Judge,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,10 @@ class Rows:
             f"{name}({self.label})", value, unit, self.n if n is None else n,
             standard_error(replicates), self.version, arm, judge, self.evaluator, replicates,
         )  # fmt: skip
+
+    def read_by(self, validation: Validation) -> "Rows":
+        """Return the rows of the same concept by another judge."""
+        return replace(self, validation=validation)
 
     def summed(
         self, name: str, sums: Float[Tensor, "n q"], statistic: Statistic, unit: str, arm: str

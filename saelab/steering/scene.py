@@ -42,6 +42,9 @@ class SteeringConfig(Config):
 
     concepts: tuple[str, ...] = ()
     """Labels to steer by; by default all that are frequent enough."""
+    opposites: tuple[tuple[str, str], ...] = ()
+    """Pairs of labels that are each other's opposite: steering by one, the other is no side effect.
+    Of two labels each is the other's."""
     judge: JudgeConfig | None = None
     """Another labelled corpus, on which judges learn; by default one half of the held-out
     documents."""
@@ -90,6 +93,15 @@ class Scene:
         """The labels that are steered by, as places among the classes."""
         asked = self.config.concepts
         return [i for i, label in enumerate(self.labelled.classes) if not asked or label in asked]
+
+    def others(self, place: int) -> tuple[int, ...]:
+        """Return the labels that are neither this one nor its opposite; none of two."""
+        classes = self.labelled.classes
+        if len(classes) == 2:
+            return ()
+        pairs = [pair for pair in self.config.opposites if classes[place] in pair]
+        same = {classes[place]}.union(*pairs)
+        return tuple(i for i, label in enumerate(classes) if label not in same)
 
     @property
     def largest(self) -> float:
@@ -144,13 +156,13 @@ def scene_of(
 ) -> Scene:
     """Return what is known of a dictionary at a site, by default the store's only one.
 
-    Raises ConfigError without labels, or for concepts that are none of them.
+    Raises ConfigError without labels, or for concepts or opposites that are none of them.
     """
     site = checked_site(dictionary, store, site)
     labelled = labelled_documents(
         store, "halves", at_most=config.documents, per_class=config.per_label
     )
-    _check_concepts(config, labelled.classes)
+    _check_labels(config, labelled.classes)
     scorers = {"codes": latents_of(dictionary), "x": coordinates_of(store.width(site))}
     part = labelled.parts["train"]
     found, seen = pool(store, site, "train", part.documents, scorers, batch=1024)
@@ -163,10 +175,11 @@ def scene_of(
     return Scene(config, dictionary, site, labelled, train, found["codes"], means, rows, density)
 
 
-def _check_concepts(config: SteeringConfig, classes: Sequence[str]) -> None:
-    unknown = set(config.concepts) - set(classes)
-    if unknown:
-        raise ConfigError(
-            f"steering.concepts: {sorted(unknown)} are no labels with {config.per_label} "
-            f"documents in each part; there are {', '.join(classes)}"
-        )
+def _check_labels(config: SteeringConfig, classes: Sequence[str]) -> None:
+    opposites = {label for pair in config.opposites for label in pair}
+    for field, named in (("concepts", set(config.concepts)), ("opposites", opposites)):
+        if named - set(classes):
+            raise ConfigError(
+                f"steering.{field}: {sorted(named - set(classes))} are no labels with "
+                f"{config.per_label} documents in each part; there are {', '.join(classes)}"
+            )

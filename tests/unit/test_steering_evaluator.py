@@ -48,12 +48,13 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     assert lead.value == pytest.approx(score["dictionary"] - score["isotropic"])
     assert found["steering_judge_heldout_auroc(glad)", "judge"].value > 0.9
     assert found["steering_ce_change(glad)", "dictionary"].value != 0
-    assert found["steering_others_change(glad)", "dictionary"].value >= 0
+    # of two labels the other is the opposite, and no side effect
+    assert not [name for name, _ in found if "others_change" in name]
     for row in rows:
         assert row.encoder.startswith("ngrams(held-out half)")
         assert (row.n, row.evaluator) == (16 if "ce_change" in row.name else 8, "steering")
         assert math.isfinite(row.value), row.name
-        if row.name.startswith(("steering_score", "steering_ce", "steering_others")):
+        if row.name.startswith(("steering_score", "steering_ce")):
             assert len(row.replicates) == 20
     # the only dose is the chosen one; an instruction has none
     assert {arm for name, arm in found if name == "steering_lift[dose=1.5](glad)"} == arms - {
@@ -71,6 +72,29 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     assert all(found[name, "isotropic"] == row for name, row in shared.items())
 
 
+def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    three = OWN | {"small": ("little", "small")}
+    store = labelled_store(tmp_path, toy_model, three)
+    lines = [f"{label},{word} {n}" for label, own in three.items() for word in own for n in "1234"]
+    (tmp_path / "other.csv").write_text("\n".join(["label,text", *lines]) + "\n")
+    judge = {"source": str(tmp_path / "other.csv"), "label_field": "label"}
+    config = CONFIG.plain() | {"judge": judge, "opposites": [["slow", "glad"]], "per_label": 2}
+    evaluate = SteeringEvaluator(SteeringConfig.parse(config), SITE)
+    rows = list(evaluate(make_dictionary(toy_model, 0), store, toy_model))
+    others = [row for row in rows if row.name == "steering_others_change(glad)"]
+    assert {row.arm for row in others} >= {"dictionary", "isotropic", "prompt"}
+    assert {row.encoder.split(", ")[0] for row in others} == {"ngrams(held-out half)"}
+    assert all(row.value >= 0 and len(row.replicates) == 20 for row in others)
+    score = next(row for row in rows if row.name == "steering_score(glad)")
+    assert score.encoder.startswith(f"ngrams({judge['source']})")
+    (scene,) = {
+        tuple(one[1].others(place) for place in range(3))
+        for one in evaluate._prepared.concepts(make_dictionary(toy_model, 0), store, toy_model)
+    }
+    assert scene == ((2,), (2,), (0, 1))
+
+
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
     missed = Matched(1.5, None, 0.2, True)
     nothing = Response("any", 1.5, (missed,), None, "none", torch.full((16, 5), math.nan), ())
@@ -86,4 +110,7 @@ def test_steering_needs_a_model_and_labels_that_exist(toy_model, store):
         list(SteeringEvaluator(CONFIG, SITE)(dictionary, store, None))
     other = CONFIG.model_copy(update={"concepts": ("sad",)})
     with pytest.raises(ConfigError, match="there are glad, slow"):
+        list(SteeringEvaluator(other, SITE)(dictionary, store, toy_model))
+    other = CONFIG.model_copy(update={"opposites": (("glad", "sad"),)})
+    with pytest.raises(ConfigError, match=r"steering.opposites: \['sad'\] are no labels"):
         list(SteeringEvaluator(other, SITE)(dictionary, store, toy_model))

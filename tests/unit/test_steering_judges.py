@@ -104,6 +104,13 @@ def test_a_judge_is_validated_by_two_areas_that_exist(heldout, generated, wanted
     assert Validation("some", heldout, generated).validated is wanted
 
 
+def test_several_judges_are_as_good_as_the_worst():
+    first, second = Validation("some", 0.9, 0.7), Validation("some", 0.85, 0.95)
+    assert Validation.of_all([first, second]) == Validation("some", 0.85, 0.7)
+    unknown = Validation.of_all([first, Validation("some", math.nan, 0.9)])
+    assert math.isnan(unknown.heldout_auroc)
+
+
 def test_texts_of_one_side_validate_no_judge():
     judge = NgramJudge(GOOD + BAD, LABELS, corpus="reviews")
     found = validate(judge, (GOOD + BAD, LABELS), (GOOD, torch.ones(5, dtype=torch.bool)))

@@ -8,6 +8,7 @@ import torch
 from saelab.errors import ConfigError
 from saelab.labels import Labelled, Part
 from saelab.steering import judging
+from saelab.steering.judges import Validation
 from saelab.steering.judging import JudgeConfig, Judges, rated_lexicon, read_corpus
 from saelab.steering.kinds import judge_inputs
 from saelab.steering.scene import SteeringConfig
@@ -55,16 +56,24 @@ def test_a_judge_says_what_its_own_corpus_taught_it(config, labelled):
     assert judge.name == f"ngrams({config.source})"
     low, high = judge(["dull, awful, mean", "fine and kind"]).tolist()
     assert low < 0.5 < high
-    # the held-out half, which says the opposite, is what side effects are read with
-    assert [one.name for one in judges.of_others(0)] == 2 * ["ngrams(held-out half)"]
     assert judges.of(0) is judge
 
 
+def test_side_effects_are_read_by_judges_of_the_held_out_half(config, labelled, toy_model):
+    judges = Judges(labelled, config, KNOWN)
+    panel = judges.of_others([1, 2], toy_model, new_tokens=2, seed=0)
+    assert [one.name for one in panel.judges] == 2 * ["ngrams(held-out half)"]
+    alone = [judges.of_others([i], toy_model, new_tokens=2, seed=0).validation for i in (1, 2)]
+    assert panel.validation.judge == "ngrams(held-out half)"
+    assert panel.validation == Validation.of_all(alone)
+    assert judges.of_others([], toy_model, new_tokens=2, seed=0) is None
+
+
 def test_only_labels_that_the_corpus_tells_apart_validate_a_judge(config, labelled):
-    texts, truth = Judges(labelled, config, KNOWN)._unseen(0)
+    texts, truth = Judges(labelled, config, KNOWN)._unseen(0, elsewhere=True)
     assert [text.split()[0] for text in texts] == ["glad", "sad", "sad", "glad", "sad", "glad"]
     assert truth.tolist() == [True, False, False, True, False, True]
-    own, _ = Judges(labelled, None, KNOWN)._unseen(0)
+    own, _ = Judges(labelled, None, KNOWN)._unseen(0, elsewhere=False)
     assert own == list(labelled.parts["test"].texts)
     half = Judges(labelled, None, KNOWN).of(0)
     assert half.name == "ngrams(held-out half)"
