@@ -16,6 +16,7 @@ from saelab.edits.placement import Steerable
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
+from saelab.steering.candidates import RULES, Candidate
 from saelab.steering.judging import Judges, Panel
 from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
@@ -45,10 +46,16 @@ class Steered:
     """None where no dose was reached."""
 
     @property
-    def _chosen(self) -> int:
+    def chosen(self) -> int:
         """The place of the chosen candidate."""
         assert self.selection is not None
         return self.selection.chosen // (len(self.responses) // len(self.candidates))
+
+    def among(self, places: Sequence[int]) -> "Steered":
+        """Return some of the candidates, with what is chosen among them alone."""
+        n_doses = len(self.responses) // len(self.candidates)
+        kept = [one for i in places for one in self.responses[i * n_doses :][:n_doses]]
+        return Steered([self.candidates[i] for i in places], kept, select(kept))
 
     @property
     def curve(self) -> list[Response]:
@@ -56,14 +63,14 @@ class Steered:
         if self.selection is None or not self.candidates:
             return []
         n_doses = len(self.responses) // len(self.candidates)
-        own = self.responses[self._chosen * n_doses :][:n_doses]
+        own = self.responses[self.chosen * n_doses :][:n_doses]
         return [one.where(reported_half(len(one.sums))) for one in own]
 
     def edits(self) -> Sequence[LatentEdit] | None:
         """Return the chosen edits; None unless it is those of a single direction."""
         if self.selection is None or not self.candidates:
             return None
-        (only, *more), strength = self.candidates[self._chosen], self.reported.matched[0].strength
+        (only, *more), strength = self.candidates[self.chosen], self.reported.matched[0].strength
         return None if more or strength is None else only(strength)
 
     @property
@@ -169,7 +176,8 @@ class SteeringEvaluator:
         self, model: Steerable, scene: Scene, ground: Ground, place: int
     ) -> Iterator[ResultRow]:
         rows, trial = ground.rows, ground.trial
-        own = steered(scene, trial, OWN, scene.own_arms(model, place))
+        candidates = scene.candidates(model, place)
+        own = steered(scene, trial, OWN, scene.own_arms(candidates))
         arms = {OWN: own}
         matched = scene.matched_arm(model, place, N_RANDOM)
         if matched is not None:
@@ -180,11 +188,26 @@ class SteeringEvaluator:
         yield from ground.kept
         if own.selection is None:
             return
+        yield from self._candidates(rows, candidates, own)
         n_candidates = own.selection.n_candidates
         yield from rows.chosen(ORACLE, own.selection.oracle, n_candidates)
         for name, other in (arms | ground.arms).items():
             if name != OWN and other.selection is not None:
                 yield rows.lead(name, OWN, own.reported, other.reported)
+
+    def _candidates(
+        self, rows: Rows, candidates: Sequence[Candidate], own: Steered
+    ) -> Iterator[ResultRow]:
+        """Yield which latent was chosen, under which rule, and the best under each rule."""
+        chosen = candidates[own.chosen]
+        yield from rows.candidate(OWN, chosen)
+        for rule in RULES:
+            yield rows.row(f"steering_rule[{rule}]", float(chosen.rule == rule), "share", OWN)
+            places = [i for i, one in enumerate(candidates) if one.rule == rule]
+            best, suffix = own.among(places), f"[rule={rule}]"
+            if best.selection is not None:
+                yield from rows.response(OWN, best.reported, suffix)
+                yield from rows.candidate(OWN, candidates[places[best.chosen]], suffix)
 
     def _arm(
         self, model: Steerable, ground: Ground, name: str, found: Steered

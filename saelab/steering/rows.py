@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.stats import ResultRow, Statistic, bootstrap, standard_error
+from saelab.steering.candidates import Candidate
 from saelab.steering.judges import Validation
 from saelab.steering.trial import Measure, Response
 
@@ -82,6 +83,11 @@ class Rows:
         for name, (value, unit) in numbers.items():
             if value is not None:
                 yield self.row(f"steering_{name}", value, unit, arm)
+
+    def candidate(self, arm: str, candidate: Candidate, suffix: str = "") -> Iterator[ResultRow]:
+        """Yield which latent an arm steers by, and with which sign."""
+        yield self.row(f"steering_latent{suffix}", float(candidate.latent), "id", arm)
+        yield self.row(f"steering_sign{suffix}", float(candidate.sign), "sign", arm)
 
     def by_dose(self, arm: str, responses: Sequence[Response]) -> Iterator[ResultRow]:
         """Yield score, lift and fluency at every dose that was reached, none of them chosen."""

@@ -20,7 +20,12 @@ from saelab.labels import Labelled, Part, labelled_documents
 from saelab.metrics.pooling import Pooled
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.steering import baselines
-from saelab.steering.candidates import by_detection, by_logit_effect, concept_tokens
+from saelab.steering.candidates import (
+    Candidate,
+    by_detection,
+    by_logit_effect,
+    concept_tokens,
+)
 from saelab.steering.judging import JudgeConfig
 from saelab.steering.trial import EditAt, adding
 
@@ -117,14 +122,17 @@ class Scene:
         unit = Directions(F.normalize(directions.detach().float().cpu(), dim=1))
         return adding(Handle(unit, self.site), range(len(directions)))
 
-    def own_arms(self, model: LanguageModel, place: int) -> list[list[EditAt]]:
-        """Return an arm of one direction for each candidate under each rule, signs put in."""
+    def candidates(self, model: LanguageModel, place: int) -> list[Candidate]:
+        """Return the latents to try for a label: as many under each rule, chosen in training."""
         positive, n = self.positive(place), self.config.candidates
         handle = Handle(self.dictionary, self.site)
         words = concept_tokens(model, self.train.texts, positive)
-        found = by_detection(self.codes, positive, n) + by_logit_effect(model, handle, words, n)
+        return by_detection(self.codes, positive, n) + by_logit_effect(model, handle, words, n)
+
+    def own_arms(self, candidates: Sequence[Candidate]) -> list[list[EditAt]]:
+        """Return an arm of one direction for each candidate, its sign put in."""
         W = self.dictionary.W_dec.detach()
-        return [self.arm(one.sign * W[[one.latent]]) for one in found]
+        return [self.arm(one.sign * W[[one.latent]]) for one in candidates]
 
     def shared_arms(self, place: int, n_random: int) -> dict[str, list[EditAt]]:
         """Return the arms that need no dictionary: two supervised ones, three kinds of random."""

@@ -40,6 +40,17 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     lift = {arm: found["steering_lift(glad)", arm].value for arm in arms}
     assert lift["dictionary"] > max(lift["isotropic"], lift["covariance"])
     assert found["steering_candidates(glad)", "dictionary"].value == 2
+    assert found["steering_latent(glad)", "dictionary"].value == 0
+    assert found["steering_sign(glad)", "dictionary"].value == 1
+    # one candidate under each rule: the better is the chosen one, and both are told
+    rules = ("detection", "logit_effect")
+    won = [found[f"steering_rule[{rule}](glad)", "dictionary"].value for rule in rules]
+    assert sorted(won) == [0, 1]
+    best = [found[f"steering_score[rule={rule}](glad)", "dictionary"] for rule in rules]
+    assert best[won.index(1)].value == found["steering_score(glad)", "dictionary"].value
+    assert len(best[0].replicates) == 20
+    latents = [found[f"steering_latent[rule={rule}](glad)", "dictionary"].value for rule in rules]
+    assert latents[won.index(1)] == 0
     assert found["steering_dose(glad)", "dictionary"].value == 1.5
     assert ("steering_dose(glad)", "prompt") not in found
     score = {arm: found["steering_score(glad)", arm].value for arm in arms}

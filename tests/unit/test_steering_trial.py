@@ -126,7 +126,7 @@ def test_detection_finds_the_latent_and_its_side():
     z[positive, 2] = -3.0
     z[:5, 1] += torch.tensor([1.0, 1, 1, 1, 0])
     first, second = by_detection(pooled(z), positive, 2)
-    assert first == Candidate(2, -1, 1.0)
+    assert first == Candidate(2, -1, 1.0, "detection")
     assert (second.latent, second.sign) == (1, 1)
 
 
@@ -135,7 +135,7 @@ def test_logit_effect_finds_the_direction_that_writes_the_words(toy_model, towar
     opposite = Handle(Directions(-towards.dictionary.W_dec), SITE)
     for handle, sign in ((towards, 1), (opposite, -1)):
         found = by_logit_effect(toy_model, handle, ids, 1)[0]
-        assert (found.latent, found.sign) == (0, sign)
+        assert (found.latent, found.sign, found.rule) == (0, sign, "logit_effect")
         effect = toy_model.logit_effect(SITE, handle.dictionary.W_dec)[0, ids].mean()
         assert found.score == pytest.approx(sign * float(effect), rel=1e-5)
 
