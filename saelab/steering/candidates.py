@@ -18,6 +18,7 @@ from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
 from saelab.protocols import LanguageModel
 from saelab.stats import aucs
+from saelab.steering.baselines import unit_effects
 
 Rule = Literal["detection", "logit_effect"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -50,10 +51,10 @@ def by_detection(
 def by_logit_effect(
     model: LanguageModel, handle: Handle, tokens: Sequence[int], n: int = N_CANDIDATES
 ) -> list[Candidate]:
-    """Return the latents whose direct logit effect on some tokens is largest on average."""
+    """Return the latents whose direct logit effect on some tokens, at unit length, is largest on
+    average."""
     ids = list(tokens)
-    parts = handle.dictionary.W_dec.detach().split(256)
-    effect = torch.cat([model.logit_effect(handle.site, W)[:, ids].mean(1).cpu() for W in parts])
+    effect = torch.cat([part[:, ids].mean(1) for part in unit_effects(model, handle)])
     return _best(torch.cat([effect, -effect]), n, "logit_effect")
 
 

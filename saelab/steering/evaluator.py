@@ -179,9 +179,10 @@ class SteeringEvaluator:
         candidates = scene.candidates(model, place)
         own = steered(scene, trial, OWN, scene.own_arms(candidates))
         arms = {OWN: own}
-        matched = scene.matched_arm(model, place, N_RANDOM)
-        if matched is not None:
-            arms[MATCHED] = steered(scene, trial, MATCHED, [matched])
+        if own.selection is not None:
+            matched = scene.matched_arm(model, candidates[own.chosen].latent, N_RANDOM)
+            if matched is not None:
+                arms[MATCHED] = steered(scene, trial, MATCHED, [matched])
         yield from rows.judge()
         for name, found in arms.items():
             yield from self._arm(model, ground, name, found)

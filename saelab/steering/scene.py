@@ -147,14 +147,18 @@ class Scene:
         }
         return {name: self.arm(rows) for name, rows in directions.items()}
 
-    def matched_arm(self, model: LanguageModel, place: int, n: int) -> list[EditAt] | None:
-        """Return `n` latents like the best detector; None where too few are live to draw from."""
-        best = by_detection(self.codes, self.positive(place), 1)[0].latent
-        if self.density[best] == 0 or int((self.density > 0).sum()) <= n:
-            log.warning("steering: too few live latents for the control 'matched_latents'")
+    def matched_arm(self, model: LanguageModel, latent: int, n: int) -> list[EditAt] | None:
+        """Return `n` latents like one; None where it is dead, or too few are live to draw from."""
+        if self.density[latent] == 0 or int((self.density > 0).sum()) <= n:
+            log.warning(
+                "steering: no control 'matched_latents': latent %d fires on %.2g of %d rows, and "
+                "%d latents are live, of which %d are drawn",
+                latent, float(self.density[latent]), len(self.rows),
+                int((self.density > 0).sum()), n,
+            )  # fmt: skip
             return None
         handle, seed = Handle(self.dictionary, self.site), self.config.seed
-        like = baselines.matched_latents(model, handle, best, self.density, n, seed=seed)
+        like = baselines.matched_latents(model, handle, latent, self.density, n, seed=seed)
         return self.arm(self.dictionary.W_dec[like])
 
 

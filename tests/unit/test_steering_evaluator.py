@@ -8,6 +8,8 @@ from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direc
 
 from saelab.errors import ConfigError
 from saelab.steering import evaluator as module
+from saelab.steering import scene
+from saelab.steering.candidates import Candidate
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
 from saelab.steering.sweep import Matched
 from saelab.steering.trial import Response, Trial
@@ -99,11 +101,11 @@ def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_pat
     assert all(row.value >= 0 and len(row.replicates) == 20 for row in others)
     score = next(row for row in rows if row.name == "steering_score(glad)")
     assert score.encoder.startswith(f"ngrams({judge['source']})")
-    (scene,) = {
+    (places,) = {
         tuple(one[1].others(place) for place in range(3))
         for one in evaluate._prepared.concepts(make_dictionary(toy_model, 0), store, toy_model)
     }
-    assert scene == ((2,), (2,), (0, 1))
+    assert places == ((2,), (2,), (0, 1))
 
 
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
@@ -113,6 +115,28 @@ def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, 
     rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
     assert {row.value for row in rows if row.name == "steering_reached(glad)"} == {0.0, 1.0}
     assert {row.arm for row in rows if row.name == "steering_score(glad)"} == {"prompt"}
+
+
+def test_controls_are_like_the_latent_that_was_chosen(toy_model, store, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    asked: list[int] = []
+    real = scene.baselines.matched_latents
+
+    def matched(model, handle, latent, density, n, *, seed):
+        asked.append(latent)
+        return real(model, handle, latent, density, n, seed=seed)
+
+    monkeypatch.setattr(scene.baselines, "matched_latents", matched)
+    # the best detector is another latent than the one whose direction writes the words
+    for detector in (3, 4):
+        best = Candidate(detector, 1, 1.0, "detection")
+        monkeypatch.setattr(scene, "by_detection", lambda *_, best=best: [best])
+        rows = list(
+            SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model)
+        )
+        chosen = next(row.value for row in rows if row.name == "steering_latent(glad)")
+        assert asked.pop() == chosen == 0
+    assert not asked
 
 
 def test_steering_needs_a_model_and_labels_that_exist(toy_model, store):
