@@ -133,14 +133,17 @@ def _judged(one: Scored, label: str) -> str:
         one.row(f"steering_judge_{side}_auroc({label})", "judge")
         for side in ("heldout", "generated", "own")
     )
-    assert held is not None and generated is not None
-    name, *unvalidated = held["encoder"].split(", ")
-    verdict = "unvalidated: one is below .8" if unvalidated else "both are at least .8"
+    reached = one.row(f"steering_reached({label})", OWN)
+    assert reached is not None
+    name = reached["encoder"].removesuffix(", unvalidated")
+    validated = name == reached["encoder"]
+    verdict = "both are at least .8" if validated else "unvalidated: one is not at least .8"
     at_home = f" It has {own['value']:.3f} on held-out text of its own corpus." if own else ""
+    areas = [f"{row['value']:.3f}" if row else "unknown" for row in (held, generated)]
     return (
-        f"Judge: `{name}`, AUROC {held['value']:.3f} on held-out text and "
-        f"{generated['value']:.3f} on unsteered generations ({verdict}).{at_home} "
-        f"{held['n']} prompts."
+        f"Judge: `{name}`, AUROC {areas[0]} on held-out text and "
+        f"{areas[1]} on unsteered generations ({verdict}).{at_home} "
+        f"{reached['n']} prompts."
     )
 
 

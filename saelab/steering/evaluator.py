@@ -8,7 +8,7 @@ are validated on held-out documents and on unsteered generations. Rows: docs/ste
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from saelab.edits import LatentEdit
@@ -16,8 +16,8 @@ from saelab.edits.placement import Steerable
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
-from saelab.steering.judges import NgramJudge
-from saelab.steering.judging import Judges
+from saelab.steering.candidates import RULES, Candidate
+from saelab.steering.judging import Judges, Panel
 from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
 from saelab.steering.scene import Scene, SteeringConfig
@@ -46,10 +46,16 @@ class Steered:
     """None where no dose was reached."""
 
     @property
-    def _chosen(self) -> int:
+    def chosen(self) -> int:
         """The place of the chosen candidate."""
         assert self.selection is not None
         return self.selection.chosen // (len(self.responses) // len(self.candidates))
+
+    def among(self, places: Sequence[int]) -> "Steered":
+        """Return some of the candidates, with what is chosen among them alone."""
+        n_doses = len(self.responses) // len(self.candidates)
+        kept = [one for i in places for one in self.responses[i * n_doses :][:n_doses]]
+        return Steered([self.candidates[i] for i in places], kept, select(kept))
 
     @property
     def curve(self) -> list[Response]:
@@ -57,14 +63,14 @@ class Steered:
         if self.selection is None or not self.candidates:
             return []
         n_doses = len(self.responses) // len(self.candidates)
-        own = self.responses[self._chosen * n_doses :][:n_doses]
+        own = self.responses[self.chosen * n_doses :][:n_doses]
         return [one.where(reported_half(len(one.sums))) for one in own]
 
     def edits(self) -> Sequence[LatentEdit] | None:
         """Return the chosen edits; None unless it is those of a single direction."""
         if self.selection is None or not self.candidates:
             return None
-        (only, *more), strength = self.candidates[self._chosen], self.reported.matched[0].strength
+        (only, *more), strength = self.candidates[self.chosen], self.reported.matched[0].strength
         return None if more or strength is None else only(strength)
 
     @property
@@ -80,9 +86,9 @@ class Ground:
 
     trial: Trial
     rows: Rows
-    others: Sequence[NgramJudge]
-    """Judges of the other labels."""
     neutral: Neutral
+    others: Panel | None = None
+    """Judges of the other labels; None where there is none but the opposite."""
     arms: dict[str, Steered] = field(default_factory=dict)
     """What no dictionary is needed for."""
     kept: list[ResultRow] = field(default_factory=list)
@@ -117,7 +123,7 @@ def ground_of(
         scene.labelled.classes[place], validation, int(reported_half(len(config.prompts)).sum()),
         evaluator, version, config.resamples, config.seed,
     )  # fmt: skip
-    return Ground(trial, rows, judges.of_others(place), neutral_windows(store, scene.site, model))
+    return Ground(trial, rows, neutral_windows(store, scene.site, model))
 
 
 @final
@@ -151,6 +157,10 @@ class SteeringEvaluator:
         ground = ground_of(
             model, store, scene, judges, place, evaluator=self.name, version=self.version
         )
+        others = judges.of_others(
+            scene.others(place), model, new_tokens=self.config.new_tokens, seed=self.config.seed
+        )
+        ground = replace(ground, others=others)
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
         instruction = self.config.instruction.replace("{label}", scene.labelled.classes[place])
@@ -166,22 +176,39 @@ class SteeringEvaluator:
         self, model: Steerable, scene: Scene, ground: Ground, place: int
     ) -> Iterator[ResultRow]:
         rows, trial = ground.rows, ground.trial
-        own = steered(scene, trial, OWN, scene.own_arms(model, place))
+        candidates = scene.candidates(model, place)
+        own = steered(scene, trial, OWN, scene.own_arms(candidates))
         arms = {OWN: own}
-        matched = scene.matched_arm(model, place, N_RANDOM)
-        if matched is not None:
-            arms[MATCHED] = steered(scene, trial, MATCHED, [matched])
+        if own.selection is not None:
+            matched = scene.matched_arm(model, candidates[own.chosen].latent, N_RANDOM)
+            if matched is not None:
+                arms[MATCHED] = steered(scene, trial, MATCHED, [matched])
         yield from rows.judge()
         for name, found in arms.items():
             yield from self._arm(model, ground, name, found)
         yield from ground.kept
         if own.selection is None:
             return
+        yield from self._candidates(rows, candidates, own)
         n_candidates = own.selection.n_candidates
         yield from rows.chosen(ORACLE, own.selection.oracle, n_candidates)
         for name, other in (arms | ground.arms).items():
             if name != OWN and other.selection is not None:
                 yield rows.lead(name, OWN, own.reported, other.reported)
+
+    def _candidates(
+        self, rows: Rows, candidates: Sequence[Candidate], own: Steered
+    ) -> Iterator[ResultRow]:
+        """Yield which latent was chosen, under which rule, and the best under each rule."""
+        chosen = candidates[own.chosen]
+        yield from rows.candidate(OWN, chosen)
+        for rule in RULES:
+            yield rows.row(f"steering_rule[{rule}]", float(chosen.rule == rule), "share", OWN)
+            places = [i for i, one in enumerate(candidates) if one.rule == rule]
+            best, suffix = own.among(places), f"[rule={rule}]"
+            if best.selection is not None:
+                yield from rows.response(OWN, best.reported, suffix)
+                yield from rows.candidate(OWN, candidates[places[best.chosen]], suffix)
 
     def _arm(
         self, model: Steerable, ground: Ground, name: str, found: Steered
@@ -194,9 +221,12 @@ class SteeringEvaluator:
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
         yield from rows.by_dose(name, found.curve)
-        sums = others_sums(ground.others, chosen.reported, ground.trial)
-        sums = sums[:, reported_half(sums.shape[1])]
-        yield rows.summed("steering_others_change", sums, mean_distance, "judge", name)
+        if ground.others is not None:
+            sums = others_sums(ground.others.judges, chosen.reported, ground.trial)
+            sums = sums[:, reported_half(sums.shape[1])]
+            yield rows.read_by(ground.others.validation).summed(
+                "steering_others_change", sums, mean_distance, "judge", name
+            )
         edits = found.edits()
         if edits is not None:
             sums = ce_sums(model, edits, ground.neutral)

@@ -228,15 +228,25 @@ class Validation:
     judge: str
     heldout_auroc: float
     generated_auroc: float
-    """On unsteered generations that continue texts with and without the concept."""
+    """On unsteered generations that continue texts with and without the concept. Either is NaN
+    where the judge answers for no text of one side."""
     own_auroc: float | None = None
     """On texts of the corpus that it learnt from, left out of the lesson; None where that is the
     corpus of the held-out texts."""
 
     @property
     def validated(self) -> bool:
-        """Whether both are at least .8; rows of other judges are marked."""
-        return min(self.heldout_auroc, self.generated_auroc) >= MIN_AUROC
+        """Whether both are known and at least .8; rows of other judges are marked."""
+        return all(area >= MIN_AUROC for area in (self.heldout_auroc, self.generated_auroc))
+
+    @classmethod
+    def of_all(cls, several: Sequence["Validation"]) -> "Validation":
+        """Return what holds of several judges of one name: the least area of each kind, NaN where
+        one is."""
+        areas = torch.tensor(
+            [[one.heldout_auroc, one.generated_auroc] for one in several], dtype=torch.float64
+        )
+        return cls(several[0].judge, *areas.amin(0).tolist())
 
 
 def validate(

@@ -7,7 +7,7 @@ learns from one half of the held-out documents, and its name says so.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -124,6 +124,15 @@ def rated_lexicon(
     return LexiconJudge(lemmas, source=f"{source}, {name}")
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Judges of the concepts that are not steered by, for side effects."""
+
+    judges: Sequence[NgramJudge]
+    validation: Validation
+    """Of the worst of them."""
+
+
 @final
 class Judges:
     """The judges of a store's labels, each trained once."""
@@ -135,6 +144,7 @@ class Judges:
         holds, which are `known`. `labelled` is in halves."""
         self._labelled, self._config = labelled, config
         self._trained: dict[tuple[int, bool], NgramJudge] = {}
+        self._validated: dict[Hashable, Validation] = {}
         self._corpus: JudgeCorpus | None = None
         if config is not None:
             self._corpus = read_corpus(config, known)
@@ -147,10 +157,21 @@ class Judges:
         """Return the judge of a label. Raises ConfigError if its corpus does not know the label."""
         return self._judge(place, elsewhere=self._corpus is not None)
 
-    def of_others(self, place: int) -> list[NgramJudge]:
-        """Return judges of the other labels, for side effects; trained on the held-out half."""
-        others = (i for i in range(len(self._labelled.classes)) if i != place)
-        return [self._judge(i, elsewhere=False) for i in others]
+    def of_others(
+        self, places: Sequence[int], model: Steerable, *, new_tokens: int, seed: int
+    ) -> Panel | None:
+        """Return judges of other labels, validated; None without one.
+
+        They learn from the held-out half: another corpus need not know these labels.
+        """
+        if not places:
+            return None
+        found = [
+            self._validation(place, model, elsewhere=False, new_tokens=new_tokens, seed=seed)
+            for place in places
+        ]
+        judges = [self._judge(place, elsewhere=False) for place in places]
+        return Panel(judges, Validation.of_all(found))
 
     def _judge(self, place: int, *, elsewhere: bool) -> NgramJudge:
         if (place, elsewhere) not in self._trained:
@@ -183,23 +204,39 @@ class Judges:
 
     def validated(self, place: int, model: Steerable, *, new_tokens: int, seed: int) -> Validation:
         """Return a judge's AUROC on held-out documents that it did not learn from, and on what the
-        unsteered model writes after their first words."""
-        texts, truth = self._unseen(place)
-        heads = [" ".join(text.split()[:_HEAD]) for text in texts[:_VALIDATED]]
-        written = continuations(model, heads, max_new_tokens=new_tokens, temperature=1.0, seed=seed)
-        judge = self.of(place)
-        found = validate(judge, (texts, truth), (written.texts, truth[:_VALIDATED]))
+        unsteered model writes after the first words of some, half of them with the label."""
+        elsewhere = self._corpus is not None
+        found = self._validation(
+            place, model, elsewhere=elsewhere, new_tokens=new_tokens, seed=seed
+        )
         if self._corpus is None:
             return found
         own, positive = self._corpus.part(self._called(place), held=True)
-        return replace(found, own_auroc=auc(judge(own), positive))
+        return replace(found, own_auroc=auc(self.of(place)(own), positive))
 
-    def _unseen(self, place: int) -> tuple[list[str], Bool[Tensor, " n"]]:
+    def _validation(
+        self, place: int, model: Steerable, *, elsewhere: bool, new_tokens: int, seed: int
+    ) -> Validation:
+        """Return how well a judge does on text of the store, each found once."""
+        key = (place, elsewhere, model.fingerprint, new_tokens, seed)
+        if key not in self._validated:
+            texts, truth = self._unseen(place, elsewhere=elsewhere)
+            drawn = _stratified(truth, _VALIDATED, seed)
+            heads = [" ".join(texts[i].split()[:_HEAD]) for i in drawn]
+            written = continuations(
+                model, heads, max_new_tokens=new_tokens, temperature=1.0, seed=seed
+            )
+            judge = self._judge(place, elsewhere=elsewhere)
+            self._validated[key] = validate(judge, (texts, truth), (written.texts, truth[drawn]))
+        return self._validated[key]
+
+    def _unseen(self, place: int, *, elsewhere: bool) -> tuple[list[str], Bool[Tensor, " n"]]:
         """Return the documents to validate on: with another corpus all held-out ones, of labels
         that it tells apart where there are two."""
         parts = self._labelled.parts
-        if self._corpus is None:
+        if not elsewhere:
             return list(parts["test"].texts), parts["test"].targets[:, place]
+        assert self._corpus is not None
         texts = [*parts["test"].texts, *parts["choose"].texts]
         targets = torch.cat([parts["test"].targets, parts["choose"].targets])
         known = set(self._corpus.labels)
@@ -207,6 +244,14 @@ class Judges:
         kept = targets[:, told].any(1) if int(told.sum()) > 1 else torch.ones(len(texts)).bool()
         some = [text for text, keep in zip(texts, kept.tolist(), strict=True) if keep]
         return some, targets[kept, place]
+
+
+def _stratified(positive: Bool[Tensor, " n"], n: int, seed: int) -> list[int]:
+    """Return places drawn at random, half of `n` on each side, or all where a side has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [side.nonzero()[:, 0] for side in (positive, ~positive)]
+    drawn = [one[torch.randperm(len(one), generator=generator)[: n // 2]] for one in sides]
+    return torch.cat(drawn).tolist()
 
 
 def judges_of(store: Store, labelled: Labelled, config: JudgeConfig | None) -> Judges:

@@ -1,13 +1,15 @@
 """Result rows of a steered concept: each with its resamples over prompts, or over windows."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.stats import ResultRow, Statistic, crossed_bootstrap, standard_error
+from saelab.steering.candidates import Candidate
 from saelab.steering.judges import Validation
 from saelab.steering.trial import Measure, Response
 
@@ -44,6 +46,10 @@ class Rows:
             standard_error(replicates), self.version, arm, judge, self.evaluator, replicates,
         )  # fmt: skip
 
+    def read_by(self, validation: Validation) -> "Rows":
+        """Return the rows of the same concept by another judge."""
+        return replace(self, validation=validation)
+
     def summed(
         self,
         name: str,
@@ -58,10 +64,10 @@ class Rows:
         return self.row(name, value, unit, arm, drawn, n=sums.shape[1])
 
     def judge(self) -> Iterator[ResultRow]:
-        """Yield how well the judge tells texts apart that no edit has touched."""
+        """Yield how well the judge tells texts apart that no edit has touched, where it does."""
         for side in ("heldout_auroc", "generated_auroc", "own_auroc"):
             value = getattr(self.validation, side)
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 yield self.row(f"steering_judge_{side}", value, "AUC", "judge")
 
     def response(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:
@@ -82,6 +88,11 @@ class Rows:
         for name, (value, unit) in numbers.items():
             if value is not None:
                 yield self.row(f"steering_{name}", value, unit, arm)
+
+    def candidate(self, arm: str, candidate: Candidate, suffix: str = "") -> Iterator[ResultRow]:
+        """Yield which latent an arm steers by, and with which sign."""
+        yield self.row(f"steering_latent{suffix}", float(candidate.latent), "id", arm)
+        yield self.row(f"steering_sign{suffix}", float(candidate.sign), "sign", arm)
 
     def by_dose(self, arm: str, responses: Sequence[Response]) -> Iterator[ResultRow]:
         """Yield score, lift and fluency at every dose that was reached, none of them chosen."""

@@ -98,7 +98,8 @@ class SignsEvaluator:
         """Yield each concept's rows. Raises what the steering evaluator raises."""
         for steerable, scene, place, prepared in self._prepared.concepts(dictionary, store, model):
             ground, shared = prepared
-            own = [edit_at for arm in scene.own_arms(steerable, place) for edit_at in arm]
+            candidates = scene.candidates(steerable, place)
+            own = [edit_at for arm in scene.own_arms(candidates) for edit_at in arm]
             arms = {OWN: pairs_of(scene, ground.trial, own), **shared}
             yield from ground.rows.judge()
             yield from self._steered(ground.rows, arms)

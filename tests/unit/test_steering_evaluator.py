@@ -8,6 +8,8 @@ from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direc
 
 from saelab.errors import ConfigError
 from saelab.steering import evaluator as module
+from saelab.steering import scene
+from saelab.steering.candidates import Candidate
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
 from saelab.steering.sweep import Matched
 from saelab.steering.trial import Response, Trial
@@ -40,6 +42,17 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     lift = {arm: found["steering_lift(glad)", arm].value for arm in arms}
     assert lift["dictionary"] > max(lift["isotropic"], lift["covariance"])
     assert found["steering_candidates(glad)", "dictionary"].value == 2
+    assert found["steering_latent(glad)", "dictionary"].value == 0
+    assert found["steering_sign(glad)", "dictionary"].value == 1
+    # one candidate under each rule: the better is the chosen one, and both are told
+    rules = ("detection", "logit_effect")
+    won = [found[f"steering_rule[{rule}](glad)", "dictionary"].value for rule in rules]
+    assert sorted(won) == [0, 1]
+    best = [found[f"steering_score[rule={rule}](glad)", "dictionary"] for rule in rules]
+    assert best[won.index(1)].value == found["steering_score(glad)", "dictionary"].value
+    assert len(best[0].replicates) == 20
+    latents = [found[f"steering_latent[rule={rule}](glad)", "dictionary"].value for rule in rules]
+    assert latents[won.index(1)] == 0
     assert found["steering_dose(glad)", "dictionary"].value == 1.5
     assert ("steering_dose(glad)", "prompt") not in found
     score = {arm: found["steering_score(glad)", arm].value for arm in arms}
@@ -48,12 +61,13 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     assert lead.value == pytest.approx(score["dictionary"] - score["isotropic"])
     assert found["steering_judge_heldout_auroc(glad)", "judge"].value > 0.9
     assert found["steering_ce_change(glad)", "dictionary"].value != 0
-    assert found["steering_others_change(glad)", "dictionary"].value >= 0
+    # of two labels the other is the opposite, and no side effect
+    assert not [name for name, _ in found if "others_change" in name]
     for row in rows:
         assert row.encoder.startswith("ngrams(held-out half)")
         assert (row.n, row.evaluator) == (16 if "ce_change" in row.name else 8, "steering")
         assert math.isfinite(row.value), row.name
-        if row.name.startswith(("steering_score", "steering_ce", "steering_others")):
+        if row.name.startswith(("steering_score", "steering_ce")):
             assert len(row.replicates) == 20
     # the only dose is the chosen one; an instruction has none
     assert {arm for name, arm in found if name == "steering_lift[dose=1.5](glad)"} == arms - {
@@ -71,6 +85,29 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     assert all(found[name, "isotropic"] == row for name, row in shared.items())
 
 
+def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    three = OWN | {"small": ("little", "small")}
+    store = labelled_store(tmp_path, toy_model, three)
+    lines = [f"{label},{word} {n}" for label, own in three.items() for word in own for n in "1234"]
+    (tmp_path / "other.csv").write_text("\n".join(["label,text", *lines]) + "\n")
+    judge = {"source": str(tmp_path / "other.csv"), "label_field": "label"}
+    config = CONFIG.plain() | {"judge": judge, "opposites": [["slow", "glad"]], "per_label": 2}
+    evaluate = SteeringEvaluator(SteeringConfig.parse(config), SITE)
+    rows = list(evaluate(make_dictionary(toy_model, 0), store, toy_model))
+    others = [row for row in rows if row.name == "steering_others_change(glad)"]
+    assert {row.arm for row in others} >= {"dictionary", "isotropic", "prompt"}
+    assert {row.encoder.split(", ")[0] for row in others} == {"ngrams(held-out half)"}
+    assert all(row.value >= 0 and len(row.replicates) == 20 for row in others)
+    score = next(row for row in rows if row.name == "steering_score(glad)")
+    assert score.encoder.startswith(f"ngrams({judge['source']})")
+    (places,) = {
+        tuple(one[1].others(place) for place in range(3))
+        for one in evaluate._prepared.concepts(make_dictionary(toy_model, 0), store, toy_model)
+    }
+    assert places == ((2,), (2,), (0, 1))
+
+
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
     missed = Matched(1.5, None, 0.2, True)
     nothing = Response("any", 1.5, (missed,), None, "none", torch.full((16, 5), math.nan), ())
@@ -80,10 +117,35 @@ def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, 
     assert {row.arm for row in rows if row.name == "steering_score(glad)"} == {"prompt"}
 
 
+def test_controls_are_like_the_latent_that_was_chosen(toy_model, store, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    asked: list[int] = []
+    real = scene.baselines.matched_latents
+
+    def matched(model, handle, latent, density, n, *, seed):
+        asked.append(latent)
+        return real(model, handle, latent, density, n, seed=seed)
+
+    monkeypatch.setattr(scene.baselines, "matched_latents", matched)
+    # the best detector is another latent than the one whose direction writes the words
+    for detector in (3, 4):
+        best = Candidate(detector, 1, 1.0, "detection")
+        monkeypatch.setattr(scene, "by_detection", lambda *_, best=best: [best])
+        rows = list(
+            SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model)
+        )
+        chosen = next(row.value for row in rows if row.name == "steering_latent(glad)")
+        assert asked.pop() == chosen == 0
+    assert not asked
+
+
 def test_steering_needs_a_model_and_labels_that_exist(toy_model, store):
     dictionary = make_dictionary(toy_model, 0)
     with pytest.raises(ConfigError, match="live `model:`"):
         list(SteeringEvaluator(CONFIG, SITE)(dictionary, store, None))
     other = CONFIG.model_copy(update={"concepts": ("sad",)})
     with pytest.raises(ConfigError, match="there are glad, slow"):
+        list(SteeringEvaluator(other, SITE)(dictionary, store, toy_model))
+    other = CONFIG.model_copy(update={"opposites": (("glad", "sad"),)})
+    with pytest.raises(ConfigError, match=r"steering.opposites: \['sad'\] are no labels"):
         list(SteeringEvaluator(other, SITE)(dictionary, store, toy_model))

@@ -1,6 +1,7 @@
 """Judges on text alone, what they do without an answer, and fluency at both of its ends."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -93,6 +94,28 @@ def test_a_judge_is_validated_on_texts_and_on_generations():
     assert found == Validation("ngrams(reviews)", 1.0, 0.0)
     assert not found.validated
     assert validate(judge, (GOOD + BAD, LABELS), (GOOD + BAD, LABELS)).validated
+
+
+@pytest.mark.parametrize(
+    ("heldout", "generated", "wanted"),
+    [(0.8, 0.9, True), (0.9, 0.79, False), (0.9, math.nan, False), (math.nan, 0.9, False)],
+)
+def test_a_judge_is_validated_by_two_areas_that_exist(heldout, generated, wanted):
+    assert Validation("some", heldout, generated).validated is wanted
+
+
+def test_several_judges_are_as_good_as_the_worst():
+    first, second = Validation("some", 0.9, 0.7), Validation("some", 0.85, 0.95)
+    assert Validation.of_all([first, second]) == Validation("some", 0.85, 0.7)
+    unknown = Validation.of_all([first, Validation("some", math.nan, 0.9)])
+    assert math.isnan(unknown.heldout_auroc)
+
+
+def test_texts_of_one_side_validate_no_judge():
+    judge = NgramJudge(GOOD + BAD, LABELS, corpus="reviews")
+    found = validate(judge, (GOOD + BAD, LABELS), (GOOD, torch.ones(5, dtype=torch.bool)))
+    assert math.isnan(found.generated_auroc)
+    assert not found.validated
 
 
 # ----------------------------------------------------------------------------------------- fluency

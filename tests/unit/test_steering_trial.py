@@ -156,7 +156,7 @@ def test_detection_finds_the_latent_and_its_side():
     z[positive, 2] = -3.0
     z[:5, 1] += torch.tensor([1.0, 1, 1, 1, 0])
     first, second = by_detection(pooled(z), positive, 2)
-    assert first == Candidate(2, -1, 1.0)
+    assert first == Candidate(2, -1, 1.0, "detection")
     assert (second.latent, second.sign) == (1, 1)
 
 
@@ -165,9 +165,22 @@ def test_logit_effect_finds_the_direction_that_writes_the_words(toy_model, towar
     opposite = Handle(Directions(-towards.dictionary.W_dec), SITE)
     for handle, sign in ((towards, 1), (opposite, -1)):
         found = by_logit_effect(toy_model, handle, ids, 1)[0]
-        assert (found.latent, found.sign) == (0, sign)
-        effect = toy_model.logit_effect(SITE, handle.dictionary.W_dec)[0, ids].mean()
+        assert (found.latent, found.sign, found.rule) == (0, sign, "logit_effect")
+        unit = torch.nn.functional.normalize(handle.dictionary.W_dec, dim=1)
+        effect = toy_model.logit_effect(SITE, unit)[0, ids].mean()
         assert found.score == pytest.approx(sign * float(effect), rel=1e-5)
+
+
+def test_logit_effect_ranks_directions_as_they_are_steered_whatever_their_length(
+    toy_model, towards
+):
+    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
+    concept, other = towards.dictionary.W_dec
+    rescaled = Handle(Directions(torch.stack([0.01 * concept, 100 * other])), SITE)
+    wanted = by_logit_effect(toy_model, towards, ids, 2)
+    found = by_logit_effect(toy_model, rescaled, ids, 2)
+    assert [one.latent for one in found] == [one.latent for one in wanted] == [0, 1]
+    assert [one.score for one in found] == pytest.approx([one.score for one in wanted], rel=1e-4)
 
 
 def test_the_lexicon_is_what_only_the_concepts_documents_say(toy_model):
