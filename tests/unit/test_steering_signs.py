@@ -79,7 +79,7 @@ def test_a_latent_is_separated_if_its_signs_lie_in_different_documents():
 
 
 CONFIG = SteeringConfig(
-    concepts=("glad",), doses=(1.5,), new_tokens=3, candidates=1, per_label=3, rows=300,
+    concepts=("glad",), doses=(1.5,), new_tokens=6, candidates=1, per_label=3, rows=300,
     resamples=20,
 )  # fmt: skip
 
