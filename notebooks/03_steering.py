@@ -169,37 +169,38 @@ with saelab.steer(model, edits["after"]):
 # ## Side effects
 #
 # What the edit costs on text that is about something else: the change of the cross-entropy on
-# held-out windows, for the latent and for random directions at the same dose.
+# news (in the toy: on held-out documents with other labels), for the latent and for random
+# directions at the same dose.
 
 # %%
 from saelab.edits import Directions, Handle
 from saelab.steering.baselines import isotropic
-from saelab.steering.side_effects import ce_sums, neutral_windows
+from saelab.steering.neutral import NeutralConfig, corpus_windows, windows_without
+from saelab.steering.side_effects import ce_sums
 
-neutral = neutral_windows(store, handle.site, model, n=8)
+if SIZE == "toy":
+    neutral = windows_without(store, handle.site, model, {CONCEPT}, n=8)
+else:
+    neutral = corpus_windows(NeutralConfig(source="news-articles"), model, handle.site)
 unit = torch.nn.functional.normalize(handle.dictionary.W_dec.detach()[[best.latent]].float(), dim=1)
 rows = torch.cat([best.sign * unit, isotropic(unit.shape[1], 20, seed=0)])
 directions = Handle(Directions(rows), handle.site)
 strengths = [own.matched[0], *found.at("isotropic", dose).matched[:3]]
 
 
-def added_ce(row: int, strength: float) -> float:
-    """Return the mean change of the cross-entropy, in nats per token."""
-    return ce_sums(model, [add(directions, row, strength)], neutral)[:, 0].mean().item()
-
-
+reached = [(i, one) for i, one in enumerate(strengths) if one.strength is not None]
+each = [ce_sums(model, [[add(directions, i, one.strength)]], neutral)[0] for i, one in reached]
 pd.DataFrame(
     [
         {
             "direction": name if i == 0 else f"isotropic {i}",
             "strength": one.strength,
             "KL": one.kl,
-            "ΔCE in nats": added_ce(i, one.strength),
+            "ΔCE in nats": float(sums[:, 0].sum() / sums[:, 1].sum()),
         }
-        for i, one in enumerate(strengths)
-        if one.strength is not None
+        for (i, one), sums in zip(reached, each, strict=True)
     ]
-).round(3)  # fmt: skip
+).round(3)
 
 # %% [markdown]
 # ## Both signs

@@ -7,29 +7,26 @@ of random directions, and an instruction. Judges learn from another corpus where
 are validated on held-out documents and on unsteered generations. Rows: docs/steering.md.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
 from saelab.edits import LatentEdit
 from saelab.edits.placement import Steerable
-from saelab.protocols import Dictionary, LanguageModel, Store
+from saelab.protocols import Dictionary, LabelledStore, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
 from saelab.steering.candidates import RULES, Candidate
 from saelab.steering.judging import Judges, Panel
+from saelab.steering.neutral import Neutral, corpus_windows, windows_without
 from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
 from saelab.steering.scene import Scene, SteeringConfig
-from saelab.steering.side_effects import (
-    Neutral,
-    ce_sums,
-    mean_change,
-    mean_distance,
-    neutral_windows,
-    others_sums,
-)
+from saelab.steering.side_effects import ce_sums, mean_change, mean_distance, others_sums
 from saelab.steering.trial import EditAt, Response, Selection, Trial, reported_half, select
+
+log = logging.getLogger(__name__)
 
 OWN, ORACLE, PROMPT, MATCHED = "dictionary", "oracle", "prompt", "matched_latents"
 
@@ -66,12 +63,12 @@ class Steered:
         own = self.responses[self.chosen * n_doses :][:n_doses]
         return [one.where(reported_half(len(one.sums))) for one in own]
 
-    def edits(self) -> Sequence[LatentEdit] | None:
-        """Return the chosen edits; None unless it is those of a single direction."""
+    def edits(self) -> list[Sequence[LatentEdit]]:
+        """Return the chosen edits of each direction that reached the dose; none of a prompt."""
         if self.selection is None or not self.candidates:
-            return None
-        (only, *more), strength = self.candidates[self.chosen], self.reported.matched[0].strength
-        return None if more or strength is None else only(strength)
+            return []
+        pairs = zip(self.candidates[self.chosen], self.reported.matched, strict=True)
+        return [edit_at(one.strength) for edit_at, one in pairs if one.strength is not None]
 
     @property
     def reported(self) -> Response:
@@ -86,7 +83,8 @@ class Ground:
 
     trial: Trial
     rows: Rows
-    neutral: Neutral
+    neutral: Neutral | None = None
+    """Text that the concept has nothing to do with, where there is some."""
     others: Panel | None = None
     """Judges of the other labels; None where there is none but the opposite."""
     arms: dict[str, Steered] = field(default_factory=dict)
@@ -106,7 +104,6 @@ def steered(
 
 def ground_of(
     model: Steerable,
-    store: Store,
     scene: Scene,
     judges: Judges,
     place: int,
@@ -123,7 +120,24 @@ def ground_of(
         scene.labelled.classes[place], validation, int(reported_half(len(config.prompts)).sum()),
         evaluator, version, config.resamples, config.seed,
     )  # fmt: skip
-    return Ground(trial, rows, neutral_windows(store, scene.site, model))
+    return Ground(trial, rows)
+
+
+def neutral_text(model: Steerable, store: Store, scene: Scene, place: int) -> Neutral | None:
+    """Return the configured corpus, or held-out documents with neither the concept nor its
+    opposite; None, with a warning, where there is no such document."""
+    if scene.config.neutral is not None:
+        return corpus_windows(scene.config.neutral, model, scene.site)
+    assert isinstance(store, LabelledStore)  # its documents have labels
+    classes, others = scene.labelled.classes, scene.others(place)
+    near = {label for i, label in enumerate(classes) if i not in others}
+    found = windows_without(store, scene.site, model, near)
+    if found is None:
+        log.warning(
+            "steering: no row steering_ce_change(%s): every held-out document is labelled %s; name "
+            "a corpus in steering.neutral", classes[place], " or ".join(sorted(near)),
+        )  # fmt: skip
+    return found
 
 
 @final
@@ -154,13 +168,12 @@ class SteeringEvaluator:
         self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
     ) -> Ground:
         """Steer by what no dictionary is needed for."""
-        ground = ground_of(
-            model, store, scene, judges, place, evaluator=self.name, version=self.version
-        )
+        ground = ground_of(model, scene, judges, place, evaluator=self.name, version=self.version)
         others = judges.of_others(
             scene.others(place), model, new_tokens=self.config.new_tokens, seed=self.config.seed
         )
-        ground = replace(ground, others=others)
+        neutral = neutral_text(model, store, scene, place)
+        ground = replace(ground, others=others, neutral=neutral)
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
         instruction = self.config.instruction.replace("{label}", scene.labelled.classes[place])
@@ -228,6 +241,7 @@ class SteeringEvaluator:
                 "steering_others_change", sums, mean_distance, "judge", name
             )
         edits = found.edits()
-        if edits is not None:
+        if edits and ground.neutral is not None:
             sums = ce_sums(model, edits, ground.neutral)
-            yield rows.summed("steering_ce_change", sums[None], mean_change, "nats", name)
+            row = rows.summed("steering_ce_change", sums, mean_change, "nats", name)
+            yield replace(row, encoder=ground.neutral.name)

@@ -14,8 +14,15 @@ STEERING = (SteeringEvaluator, SignsEvaluator, EqualNormEvaluator)
 
 
 def judge_inputs(configs: Sequence[Config]) -> dict[str, Any]:
-    """Return what else goes into a results key: the checksums of the corpora on which judges
-    learn."""
-    judges = [one.judge for one in configs if isinstance(one, SteeringConfig)]
-    sources = sorted({judge.source for judge in judges if judge is not None})
-    return {"judges": {source: checksum(source) for source in sources}} if sources else {}
+    """Return what else goes into a results key: the checksums of the corpora on which judges learn
+    and side effects are measured."""
+    steering = [one for one in configs if isinstance(one, SteeringConfig)]
+    corpora = {
+        "judges": [one.judge for one in steering],
+        "neutral": [one.neutral for one in steering],
+    }
+    return {
+        use: {source: checksum(source) for source in sorted({c.source for c in own if c})}
+        for use, own in corpora.items()
+        if any(own)
+    }

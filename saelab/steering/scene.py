@@ -27,6 +27,7 @@ from saelab.steering.candidates import (
     concept_tokens,
 )
 from saelab.steering.judging import JudgeConfig
+from saelab.steering.neutral import NeutralConfig
 from saelab.steering.trial import EditAt, adding
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ class SteeringConfig(Config):
     judge: JudgeConfig | None = None
     """Another labelled corpus, on which judges learn; by default one half of the held-out
     documents."""
+    neutral: NeutralConfig | None = None
+    """Another corpus, on which `steering_ce_change` is measured; by default held-out documents with
+    neither the concept's label nor its opposite's, and none where all have one."""
     prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
     """Beginnings that are continued; half of them choose, the others are reported."""
     instruction: str = "The following text is about {label}."

@@ -1,48 +1,54 @@
 """What an edit does beside its concept: to neutral text, and to what else the text is about."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
-from saelab.edits import LatentEdit
-from saelab.edits.placement import Steerable, pad_of
-from saelab.protocols import Store
+from saelab.edits import LatentEdit, steer
+from saelab.edits.placement import Steerable
 from saelab.steering.judges import Judge
-from saelab.steering.sweep import ce_change
-from saelab.steering.trial import Response, Trial
-
-N_WINDOWS = 16
-"""Held-out windows whose cross-entropy is neutral text's."""
+from saelab.steering.neutral import Neutral
+from saelab.steering.sweep import text_logits
+from saelab.steering.trial import Response, Trial, shares
 
 
-@dataclass(frozen=True)
-class Neutral:
-    """Held-out windows, right-padded."""
-
-    tokens: Int[Tensor, "windows pos"]
-    lengths: Int[Tensor, " windows"]
-
-
-def neutral_windows(store: Store, site: str, model: Steerable, n: int = N_WINDOWS) -> Neutral:
-    """Return the first held-out windows of a store."""
-    windows = list(islice(store.windows(site, split="heldout"), n))
-    tokens = torch.nn.utils.rnn.pad_sequence(
-        [w.ids.long() for w in windows], batch_first=True, padding_value=pad_of(model)
-    )
-    return Neutral(tokens, torch.tensor([len(w) for w in windows]))
-
-
+@torch.no_grad()
 def ce_sums(
-    model: Steerable, edits: Sequence[LatentEdit], neutral: Neutral
-) -> Float[Tensor, "windows 2"]:
-    """Return each window's change of cross-entropy in nats per token, and whether it has one."""
-    change = ce_change(model, edits, neutral.tokens, neutral.lengths).double().cpu()
-    known = ~change.isnan()
-    return torch.stack([change.nan_to_num(), known.double()], 1)
+    model: Steerable, directions: Sequence[Sequence[LatentEdit]], neutral: Neutral
+) -> Float[Tensor, "directions windows 2"]:
+    """Return how much each direction's edits raise each window's cross-entropy, in nats per token,
+    and 1: as a share of the directions that were read on it; 0 in windows without a scored token.
+
+    Of many directions each is read on some of the windows, as in `trial.shares`.
+    """
+    everything = tuple(range(len(neutral.tokens)))
+    clean = _cross_entropy(model, neutral, everything)
+    parts = torch.zeros(len(directions), len(clean), 2, dtype=torch.float64)
+    dealt = shares(len(directions), len(clean))
+    for part, edits, own in zip(parts, directions, dealt, strict=True):
+        with steer(model, *edits):
+            change = _cross_entropy(model, neutral, own) - clean[list(own)]
+        part[list(own)] = torch.stack([change, torch.ones_like(change)], 1)
+    parts = torch.where(clean.isnan()[:, None], 0.0, parts)
+    return parts / parts[..., 1].sum(0)[:, None].clamp(min=1)
+
+
+def _cross_entropy(
+    model: Steerable, neutral: Neutral, windows: Sequence[int]
+) -> Float[Tensor, " n"]:
+    """Return each window's mean loss over its scored positions; NaN without one."""
+    own = list(windows)
+    tokens, lengths, scored = neutral.tokens[own], neutral.lengths[own], neutral.scored[own]
+    losses = []
+    for logits, ids, counts in zip(
+        text_logits(model, tokens, lengths), tokens, scored, strict=True
+    ):
+        at = counts[: len(logits)].nonzero()[:, 0]
+        losses.append(F.cross_entropy(logits[at], ids[at + 1]).double())
+    return torch.stack(losses)
 
 
 def mean_change(totals: Float[Tensor, "b 2"]) -> Float[Tensor, " b"]:

@@ -106,11 +106,9 @@ class SignsEvaluator:
             yield from self._unsteered(ground.rows, scene, store, place)
 
     def _ground(
-        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
+        self, model: Steerable, _: Store, scene: Scene, judges: Judges, place: int
     ) -> tuple[Ground, dict[str, list[Pair]]]:
-        ground = ground_of(
-            model, store, scene, judges, place, evaluator=self.name, version=self.version
-        )
+        ground = ground_of(model, scene, judges, place, evaluator=self.name, version=self.version)
         n = 2 * self.config.candidates
         directions = {
             "mean_difference": baselines.supervised(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -156,28 +155,6 @@ def dose(
         per_prompt,
         float(torch.stack(shifts).nanmean()) if shifts else None,
     )
-
-
-@torch.no_grad()
-def ce_change(
-    model: Steerable,
-    edits: Sequence[LatentEdit],
-    tokens: Int[Tensor, "batch pos"],
-    lengths: Int[Tensor, " batch"],
-) -> Float[Tensor, " batch"]:
-    """Return how much edits raise the cross-entropy of texts, in nats per token: a side effect on
-    neutral text. Every token but the first is predicted; NaN for texts of one token."""
-    clean = _cross_entropy(model, tokens, lengths)
-    with steer(model, *edits):
-        return _cross_entropy(model, tokens, lengths) - clean
-
-
-def _cross_entropy(
-    model: Steerable, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    rows = zip(text_logits(model, tokens, lengths), tokens.cpu(), strict=True)
-    losses = [F.cross_entropy(row[:-1], ids[1 : len(row)]) for row, ids in rows]
-    return torch.stack(losses)
 
 
 def text_logits(

@@ -73,23 +73,6 @@ def test_doses_need_eight_prompts(toy_model):
         sweep.clean_text(toy_model, PROMPTS[:7])
 
 
-def test_the_change_of_cross_entropy_is_that_of_each_text_alone(toy_model, handle):
-    edits = [add(handle, 3, 4.0)]
-    tokens, lengths = encode_prompts(toy_model, ["the people of this state", "we know"])
-    found = sweep.ce_change(toy_model, edits, tokens, lengths)
-    for row, n in enumerate(lengths.tolist()):
-        alone = tokens[row : row + 1, :n]
-        losses = []
-        for chosen in ([], edits):
-            with steer(toy_model, *chosen):
-                log_probs = toy_model.logits(alone)[0].log_softmax(-1)
-            losses.append(
-                -torch.stack([log_probs[i, alone[0, i + 1]] for i in range(n - 1)]).mean()
-            )
-        torch.testing.assert_close(found[row], losses[1] - losses[0], atol=1e-5, rtol=1e-4)
-    assert torch.equal(sweep.ce_change(toy_model, [], tokens, lengths), torch.zeros(2))
-
-
 # ---------------------------------------------------------------------------------- matched doses
 
 

@@ -11,6 +11,7 @@ from saelab.steering import evaluator as module
 from saelab.steering import scene
 from saelab.steering.candidates import Candidate
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
+from saelab.steering.neutral import NeutralConfig
 from saelab.steering.sweep import Matched
 from saelab.steering.trial import Response, Trial
 
@@ -25,13 +26,21 @@ def store(tmp_path_factory, toy_model):
     return labelled_store(tmp_path_factory.mktemp("steering"), toy_model)
 
 
+@pytest.fixture
+def neutral(tmp_path) -> NeutralConfig:
+    path = tmp_path / "news.csv"
+    lines = [f"on day {n} the people of this state did the work of the time" for n in range(9)]
+    path.write_text("text\n" + "\n".join(lines) + "\n")
+    return NeutralConfig(source=str(path), windows=5, context=10)
+
+
 def make_dictionary(toy_model, seed: int):
     return dictionary_with(word_direction(toy_model, OWN["glad"]), seed)
 
 
-def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monkeypatch):
+def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, neutral, monkeypatch):
     monkeypatch.setattr(module, "N_RANDOM", 2)
-    evaluate = SteeringEvaluator(CONFIG, SITE)
+    evaluate = SteeringEvaluator(CONFIG.model_copy(update={"neutral": neutral}), SITE)
     rows = list(evaluate(make_dictionary(toy_model, 0), store, toy_model))
     found = {(row.name, row.arm): row for row in rows}
     arms = {row.arm for row in rows if row.name == "steering_score(glad)"}
@@ -64,8 +73,9 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     # of two labels the other is the opposite, and no side effect
     assert not [name for name, _ in found if "others_change" in name]
     for row in rows:
-        assert row.encoder.startswith("ngrams(held-out half)")
-        assert (row.n, row.evaluator) == (16 if "ce_change" in row.name else 8, "steering")
+        on_neutral = row.name.startswith("steering_ce_change")
+        assert row.encoder.startswith(neutral.source if on_neutral else "ngrams(held-out half)")
+        assert (row.n, row.evaluator) == (5 if on_neutral else 8, "steering")
         assert math.isfinite(row.value), row.name
         if row.name.startswith(("steering_score", "steering_ce")):
             assert len(row.replicates) == 20
@@ -76,8 +86,8 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     for arm in ("dictionary", "isotropic"):
         at_dose = found["steering_lift[dose=1.5](glad)", arm]
         assert torch.equal(at_dose.replicates, found["steering_lift(glad)", arm].replicates)
-    assert {arm for name, arm in found if name == "steering_ce_change(glad)"} == {
-        "dictionary", "mean_difference", "linear_probe"
+    assert {arm for name, arm in found if name == "steering_ce_change(glad)"} == arms - {
+        "oracle", "prompt"
     }  # fmt: skip
     # what needs no dictionary is steered once
     again = list(evaluate(make_dictionary(toy_model, 1), store, toy_model))
@@ -99,6 +109,9 @@ def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_pat
     assert {row.arm for row in others} >= {"dictionary", "isotropic", "prompt"}
     assert {row.encoder.split(", ")[0] for row in others} == {"ngrams(held-out half)"}
     assert all(row.value >= 0 and len(row.replicates) == 20 for row in others)
+    # documents with neither the label nor its opposite are neutral
+    neutral = [row for row in rows if row.name == "steering_ce_change(glad)"]
+    assert {row.encoder for row in neutral} == {"held-out text of other labels"}
     score = next(row for row in rows if row.name == "steering_score(glad)")
     assert score.encoder.startswith(f"ngrams({judge['source']})")
     (places,) = {
@@ -106,6 +119,15 @@ def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_pat
         for one in evaluate._prepared.concepts(make_dictionary(toy_model, 0), store, toy_model)
     }
     assert places == ((2,), (2,), (0, 1))
+
+
+def test_without_neutral_text_its_row_is_left_out_and_said_so(
+    toy_model, store, monkeypatch, caplog
+):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
+    assert not [row for row in rows if "ce_change" in row.name]
+    assert "every held-out document is labelled glad or slow; name a corpus" in caplog.text
 
 
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
