@@ -31,7 +31,10 @@ MEASURED = {
     "score": "score", "lift": "concept lift", "fluency": "fluency",
     "ce_change": "ΔCE, neutral text", "others_change": "other labels",
 }  # fmt: skip
-PLAIN = {"dose": "dose", "kl_last_prompt": "KL, last prompt position"}
+PLAIN = {
+    "dose": "dose", "kl_last_prompt": "KL, last prompt position",
+    "directions_reached": "directions at the dose", "non_monotone": "not monotone",
+}  # fmt: skip
 SHARED = (
     "mean_difference", "linear_probe", "isotropic", "covariance", "shuffled_labels", "prompt",
 )  # fmt: skip
@@ -172,6 +175,10 @@ def page(boards: Sequence[Sequence[Scored]], picture: str | None) -> str:
             parts += [*leads(lines, label), ""]
     if picture is not None:
         parts += [f"![Lift, fluency and score at each dose]({picture})", ""]
+        parts += [
+            "Hollow: some direction misses the dose, or its dose falls somewhere on the way.",
+            "",
+        ]
     return "\n".join(parts)
 
 

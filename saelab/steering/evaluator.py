@@ -55,10 +55,11 @@ class Steered:
         return Steered([self.candidates[i] for i in places], kept, select(kept))
 
     @property
-    def curve(self) -> list[Response]:
-        """The chosen candidate at every dose, on the prompts that did not choose it."""
+    def curve(self) -> Sequence[Response]:
+        """The chosen candidate at every dose, on the prompts that did not choose it; all candidates
+        where none was chosen."""
         if self.selection is None or not self.candidates:
-            return []
+            return [] if self.selection else self.responses
         n_doses = len(self.responses) // len(self.candidates)
         own = self.responses[self.chosen * n_doses :][:n_doses]
         return [one.where(reported_half(len(one.sums))) for one in own]
@@ -230,10 +231,10 @@ class SteeringEvaluator:
         rows, chosen = ground.rows, found.selection
         reached = 0.0 if chosen is None else chosen.n_reached / chosen.n_candidates
         yield rows.row("steering_reached", reached, "share", name)
+        yield from rows.by_dose(name, found.curve)
         if chosen is None:
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
-        yield from rows.by_dose(name, found.curve)
         if ground.others is not None:
             sums = others_sums(ground.others.judges, chosen.reported, ground.trial)
             sums = sums[:, reported_half(sums.shape[1])]

@@ -88,17 +88,42 @@ class Rows:
         for name, (value, unit) in numbers.items():
             if value is not None:
                 yield self.row(f"steering_{name}", value, unit, arm)
+        if response.target is not None:
+            yield from self.directions(arm, [response])
 
     def candidate(self, arm: str, candidate: Candidate, suffix: str = "") -> Iterator[ResultRow]:
         """Yield which latent an arm steers by, and with which sign."""
         yield self.row(f"steering_latent{suffix}", float(candidate.latent), "id", arm)
         yield self.row(f"steering_sign{suffix}", float(candidate.sign), "sign", arm)
 
+    def directions(
+        self, arm: str, responses: Sequence[Response], suffix: str = ""
+    ) -> Iterator[ResultRow]:
+        """Yield the share of directions that reach a dose, and of those whose dose falls somewhere
+        as the strength grows, over responses at one dose."""
+        n = sum(len(one.matched) for one in responses)
+        shares = {
+            "directions_reached": sum(one.reached for one in responses) / len(responses),
+            "non_monotone": sum(one.non_monotone for one in responses) / len(responses),
+        }
+        for name, share in shares.items():
+            yield self.row(f"steering_{name}{suffix}", share, "share", arm, n=n)
+
     def by_dose(self, arm: str, responses: Sequence[Response]) -> Iterator[ResultRow]:
-        """Yield score, lift and fluency at every dose that was reached, none of them chosen."""
+        """Yield how many directions reach each dose, and score, lift and fluency at those that some
+        reach, none of them chosen.
+
+        `responses` are of one candidate, or of several where none was chosen.
+        """
+        by_dose: dict[float, list[Response]] = {}
         for response in responses:
-            if response.written and response.target is not None:
-                yield from self.response(arm, response, f"[dose={response.target:g}]")
+            if response.target is not None:
+                by_dose.setdefault(response.target, []).append(response)
+        for dose, own in by_dose.items():
+            suffix = f"[dose={dose:g}]"
+            yield from self.directions(arm, own, suffix)
+            if len(own) == 1 and own[0].written:
+                yield from self.response(arm, own[0], suffix)
 
     def lead(self, other: str, arm: str, first: Response, second: Response) -> ResultRow:
         """Return how much more one arm scores than another, paired by prompt."""

@@ -6,6 +6,7 @@ another model's loss read what it wrote. Of many directions each continues a par
 Numbers are means over an arm's directions, per prompt, so that arms are compared prompt by prompt.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
@@ -80,6 +81,10 @@ def shares(n_directions: int, n_prompts: int) -> list[tuple[int, ...]]:
     ]
 
 
+def _share(which: Sequence[bool]) -> float:
+    return sum(which) / len(which) if which else math.nan
+
+
 Measure = Literal["score", "lift", "fluency"]
 _STATISTICS: dict[Measure, Statistic] = {"score": _score, "lift": _lift, "fluency": _fluency}
 
@@ -120,6 +125,17 @@ class Response:
     def score(self) -> float:
         """Harmonic mean of lift and fluency; see `fluency.steering_score`."""
         return float(_score(self._totals))
+
+    @property
+    def reached(self) -> float:
+        """Share of the directions that reach the dose; NaN for a prompt."""
+        return _share([one.strength is not None for one in self.matched])
+
+    @property
+    def non_monotone(self) -> float:
+        """Share of the directions whose dose falls somewhere as the strength grows; NaN for a
+        prompt."""
+        return _share([not one.monotone for one in self.matched])
 
     def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
         """Return what was done on some of the prompts; texts and doses are those of all."""

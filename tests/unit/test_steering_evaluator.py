@@ -75,7 +75,9 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, neut
     for row in rows:
         on_neutral = row.name.startswith("steering_ce_change")
         assert row.encoder.startswith(neutral.source if on_neutral else "ngrams(held-out half)")
-        assert (row.n, row.evaluator) == (5 if on_neutral else 8, "steering")
+        assert row.evaluator == "steering"
+        if "directions_reached" not in row.name and "non_monotone" not in row.name:
+            assert row.n == (5 if on_neutral else 8)
         assert math.isfinite(row.value), row.name
         if row.name.startswith(("steering_score", "steering_ce")):
             assert len(row.replicates) == 20
@@ -131,12 +133,21 @@ def test_without_neutral_text_its_row_is_left_out_and_said_so(
 
 
 def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, monkeypatch):
-    missed = Matched(1.5, None, 0.2, True)
+    missed = Matched(1.5, None, 0.2, False)
     nothing = Response("any", 1.5, (missed,), None, "none", torch.full((16, 5), math.nan), ())
     monkeypatch.setattr(Trial, "responses", lambda _, arms, *__, **___: len(arms) * [nothing])
     rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
     assert {row.value for row in rows if row.name == "steering_reached(glad)"} == {0.0, 1.0}
     assert {row.arm for row in rows if row.name == "steering_score(glad)"} == {"prompt"}
+    shares = {
+        (row.arm, row.name): (row.value, row.n)
+        for row in rows
+        if row.name.startswith(("steering_directions_reached", "steering_non_monotone"))
+    }
+    reached = "steering_directions_reached[dose=1.5](glad)"
+    assert shares["dictionary", reached] == (0, 2)  # of two candidates
+    assert shares["isotropic", reached] == (0, 1)
+    assert shares["isotropic", "steering_non_monotone[dose=1.5](glad)"] == (1, 1)
 
 
 def test_controls_are_like_the_latent_that_was_chosen(toy_model, store, monkeypatch):
