@@ -74,8 +74,9 @@ pd.DataFrame({"text": TEXTS, judge.name: judge(TEXTS)})
 # not.
 
 # %%
-from saelab.steering.candidates import by_detection
+from saelab.steering.candidates import by_detection, concept_tokens
 from saelab.steering.scene import SteeringConfig, scene_of
+from saelab.steering.sweep import presence
 
 model = saelab.load_model(SOURCE)
 store = saelab.open_store(made["store"])
@@ -83,10 +84,12 @@ handle = saelab.handle(made["dictionary"], store)
 scene = scene_of(
     SteeringConfig(concepts=(CONCEPT,), per_label=2), handle.dictionary, store, handle.site
 )
-best = by_detection(scene.codes, scene.positive(scene.places[0]))[0]
+positive = scene.positive(scene.places[0])
+best = by_detection(scene.codes, positive)[0]
 found = saelab.dose_response(
     model, handle, best.latent, judge, store=store, sign=best.sign, doses=DOSES,
     max_new_tokens=NEW, instruction=f"This is about {CONCEPT}.",
+    tokens=concept_tokens(model, scene.train.texts, positive),
 )  # fmt: skip
 found.figure(f"{CONCEPT}: latent {best.latent} of {handle.name}")
 
@@ -105,11 +108,31 @@ rows = [
     {
         "arm": one.arm, "dose": one.target, "lift": one.lift, "fluency": one.fluency,
         "score": one.score, "low": one.interval().low, "high": one.interval().high,
-        "reached": len(one.written), "KL after the prompt": one.kl_last_prompt,
+        "reached": one.reached, "not monotone": one.non_monotone,
+        "KL after the prompt": one.kl_last_prompt, "shift of its tokens": one.target_shift,
     }
     for one in found.responses
 ]  # fmt: skip
 pd.DataFrame(rows).round(3)
+
+# %% [markdown]
+# Does the latent fire when the unsteered model reads what it wrote? And other latents, which
+# nobody asked for?
+
+# %%
+usual = presence(model, handle, found.trial.usual)
+at_doses = {dose: found.presence(f"latent {best.latent}", dose) for dose in DOSES}
+pd.DataFrame(
+    {
+        dose: {
+            "share of positions": float(own[best.latent]),
+            "more than unsteered": float((own - usual)[best.latent]),
+            "changes of all other latents": float((own - usual).abs().sum())
+            - abs(float((own - usual)[best.latent])),
+        }
+        for dose, own in at_doses.items()
+    }
+).T.round(3)
 
 # %% [markdown]
 # ## What it wrote

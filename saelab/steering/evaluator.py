@@ -12,18 +12,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
-from saelab.edits import LatentEdit
+from saelab.edits import Handle, LatentEdit
 from saelab.edits.placement import Steerable
 from saelab.protocols import Dictionary, LabelledStore, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
-from saelab.steering.candidates import RULES, Candidate
+from saelab.steering.candidates import RULES, Candidate, concept_tokens
 from saelab.steering.judging import Judges, Panel
 from saelab.steering.neutral import Neutral, corpus_windows, windows_without
 from saelab.steering.prepared import Prepared
 from saelab.steering.rows import Rows
 from saelab.steering.scene import Scene, SteeringConfig
-from saelab.steering.side_effects import ce_sums, mean_change, mean_distance, others_sums
+from saelab.steering.side_effects import (
+    ce_sums,
+    mean_change,
+    mean_distance,
+    others_sums,
+    presences,
+)
 from saelab.steering.trial import EditAt, Response, Selection, Trial, reported_half, select
 
 log = logging.getLogger(__name__)
@@ -116,7 +122,10 @@ def ground_of(
     config = scene.config
     judge = judges.of(place)
     validation = judges.validated(place, model, new_tokens=config.new_tokens, seed=config.seed)
-    trial = Trial(model, config.prompts, judge, max_new_tokens=config.new_tokens, seed=config.seed)
+    trial = Trial(
+        model, config.prompts, judge, max_new_tokens=config.new_tokens, seed=config.seed,
+        tokens=concept_tokens(model, scene.train.texts, scene.positive(place)),
+    )  # fmt: skip
     rows = Rows(
         scene.labelled.classes[place], validation, int(reported_half(len(config.prompts)).sum()),
         evaluator, version, config.resamples, config.seed,
@@ -204,6 +213,7 @@ class SteeringEvaluator:
         if own.selection is None:
             return
         yield from self._candidates(rows, candidates, own)
+        yield from self._presence(model, scene, ground, candidates[own.chosen].latent, own)
         n_candidates = own.selection.n_candidates
         yield from rows.chosen(ORACLE, own.selection.oracle, n_candidates)
         for name, other in (arms | ground.arms).items():
@@ -223,6 +233,21 @@ class SteeringEvaluator:
             if best.selection is not None:
                 yield from rows.response(OWN, best.reported, suffix)
                 yield from rows.candidate(OWN, candidates[places[best.chosen]], suffix)
+
+    def _presence(
+        self, model: Steerable, scene: Scene, ground: Ground, latent: int, own: Steered
+    ) -> Iterator[ResultRow]:
+        """Yield how often the chosen latent and others fire in what is written at each dose."""
+        handle = Handle(scene.dictionary, scene.site)
+        written = [one for one in own.curve if one.written]
+        found = presences(model, handle, latent, written, ground.trial)
+        for response, values in zip(written, found, strict=True):
+            suffixes = [f"[dose={response.target:g}]"]
+            suffixes += [""] if response.target == own.reported.target else []
+            for suffix in suffixes:
+                for name, value in values.items():
+                    unit = "latents" if name == "presence_others" else "share"
+                    yield ground.rows.row(f"steering_{name}{suffix}", value, unit, OWN)
 
     def _arm(
         self, model: Steerable, ground: Ground, name: str, found: Steered

@@ -82,7 +82,6 @@ class Rows:
         yield from self.response(arm, response)
         numbers = {
             "dose": (response.target, "nats"),
-            "kl_last_prompt": (response.kl_last_prompt, "nats"),
             "candidates": (float(n_candidates), "responses"),
         }
         for name, (value, unit) in numbers.items():
@@ -90,11 +89,20 @@ class Rows:
                 yield self.row(f"steering_{name}", value, unit, arm)
         if response.target is not None:
             yield from self.directions(arm, [response])
+            yield from self.predictions(arm, response)
 
     def candidate(self, arm: str, candidate: Candidate, suffix: str = "") -> Iterator[ResultRow]:
         """Yield which latent an arm steers by, and with which sign."""
         yield self.row(f"steering_latent{suffix}", float(candidate.latent), "id", arm)
         yield self.row(f"steering_sign{suffix}", float(candidate.sign), "sign", arm)
+
+    def predictions(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:
+        """Yield the KL at the last prompt position and the shift of the concept's tokens, where
+        they were measured."""
+        for name in ("kl_last_prompt", "target_shift"):
+            value = getattr(response, name)
+            if value is not None:
+                yield self.row(f"steering_{name}{suffix}", value, "nats", arm)
 
     def directions(
         self, arm: str, responses: Sequence[Response], suffix: str = ""
@@ -110,8 +118,8 @@ class Rows:
             yield self.row(f"steering_{name}{suffix}", share, "share", arm, n=n)
 
     def by_dose(self, arm: str, responses: Sequence[Response]) -> Iterator[ResultRow]:
-        """Yield how many directions reach each dose, and score, lift and fluency at those that some
-        reach, none of them chosen.
+        """Yield how many directions reach each dose, and what is predicted and written at those
+        that some reach, none of them chosen.
 
         `responses` are of one candidate, or of several where none was chosen.
         """
@@ -124,6 +132,7 @@ class Rows:
             yield from self.directions(arm, own, suffix)
             if len(own) == 1 and own[0].written:
                 yield from self.response(arm, own[0], suffix)
+                yield from self.predictions(arm, own[0], suffix)
 
     def lead(self, other: str, arm: str, first: Response, second: Response) -> ResultRow:
         """Return how much more one arm scores than another, paired by prompt."""

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.edits import LatentEdit, steer
+from saelab.edits import Handle, LatentEdit, steer
 from saelab.edits.placement import Steerable
 from saelab.steering.judges import Judge
 from saelab.steering.neutral import Neutral
-from saelab.steering.sweep import text_logits
-from saelab.steering.trial import Response, Trial, shares
+from saelab.steering.sweep import Continuations, presence, text_logits
+from saelab.steering.trial import Response, Trial, reported_half, shares
 
 
 @torch.no_grad()
@@ -74,3 +74,37 @@ def others_sums(
 def mean_distance(totals: Float[Tensor, "b judges_and_1"]) -> Float[Tensor, " b"]:
     """Return the mean over judges of how far their mean score moves, in either direction."""
     return (totals[:, :-1] / totals[:, -1:]).abs().mean(1)
+
+
+def presences(
+    model: Steerable, handle: Handle, latent: int, responses: Sequence[Response], trial: Trial
+) -> list[dict[str, float]]:
+    """Return, for what was written after the reported prompts in each response, the share of its
+    positions on which a latent fires, how much more that is than in unsteered text, and the sum
+    over all other latents of how far theirs moves, in either direction."""
+    usual = presence(model, handle, _reported(range(len(trial.prompts)), trial.usual))
+    found = []
+    for response in responses:
+        pairs = zip(response.asked, response.written, strict=True)
+        parts = [_reported(asked, one) for asked, one in pairs]
+        written = Continuations(
+            tuple(p for part in parts for p in part.prompts),
+            tuple(t for part in parts for t in part.texts),
+        )
+        own = presence(model, handle, written)
+        moved = own - usual
+        others = moved.abs().sum() - moved[latent].abs()
+        values = {"presence": own[latent], "presence_gain": moved[latent]}
+        values["presence_others"] = others
+        found.append({name: float(value) for name, value in values.items()})
+    return found
+
+
+def _reported(asked: Sequence[int], written: Continuations) -> Continuations:
+    """Return what was written after prompts that are reported on; `asked` are the prompts' places,
+    once or several times over."""
+    half = reported_half(max(asked) + 1)[list(asked)].tolist()
+    kept = [i for i in range(len(written.texts)) if half[i % len(half)]]
+    return Continuations(
+        tuple(written.prompts[i] for i in kept), tuple(written.texts[i] for i in kept)
+    )

@@ -186,6 +186,8 @@ class Matched:
     """Whether the dose rose all the way up to the largest strength tried."""
     kl_last_prompt: float | None = None
     """The second dose at that strength, where it was measured."""
+    target_shift: float | None = None
+    """How much the concept's tokens gain there in log-probability, where it was measured."""
 
 
 def match_doses(
@@ -275,21 +277,26 @@ def matched_strengths(
     sign: int = 1,
     points: int = 12,
     tolerance: float = 0.01,
+    tokens: Sequence[int] = (),
 ) -> list[Matched]:
     """Return the strengths at which edits have the given doses; see `match_doses`.
 
-    `edit_at` makes the edits of one strength, for example `lambda s: [add(handle, 417, s)]`.
+    `edit_at` makes the edits of one strength, for example `lambda s: [add(handle, 417, s)]`;
+    `tokens` are the concept's, whose log-probability is compared at the strengths found.
     """
     seen: dict[float, Dose] = {}
 
     def kl(strength: float) -> float:
-        seen[strength] = dose(model, edit_at(strength), text)
+        seen[strength] = dose(model, edit_at(strength), text, targets=tokens)
         return seen[strength].kl
 
     found = match_doses(kl, targets, largest=largest, sign=sign, points=points, tolerance=tolerance)
     return [
         one if one.strength is None
-        else replace(one, kl_last_prompt=seen[one.strength].kl_last_prompt)
+        else replace(
+            one, kl_last_prompt=seen[one.strength].kl_last_prompt,
+            target_shift=seen[one.strength].target_shift,
+        )
         for one in found
     ]  # fmt: skip
 

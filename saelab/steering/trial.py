@@ -137,6 +137,13 @@ class Response:
         prompt."""
         return _share([not one.monotone for one in self.matched])
 
+    @property
+    def target_shift(self) -> float | None:
+        """Mean over directions of how much the concept's tokens gain in log-probability, in nats;
+        None where it was not measured, or for a prompt."""
+        known = [one.target_shift for one in self.matched if one.target_shift is not None]
+        return sum(known) / len(known) if known else None
+
     def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
         """Return what was done on some of the prompts; texts and doses are those of all."""
         own = self.per_direction
@@ -224,14 +231,17 @@ class Trial:
         temperature: float = 1.0,
         seed: int = 0,
         samples: int = 4,
+        tokens: Sequence[int] = (),
     ) -> None:
         """Write unsteered continuations, `samples` per prompt for the band of fluency.
 
         `fluency_model` should be another model; without one the steered model itself, unsteered,
-        judges losses. Raises ConfigError for fewer than 8 prompts.
+        judges losses. `tokens` are the concept's, whose shift is `Response.target_shift`. Raises
+        ConfigError for fewer than 8 prompts.
         """
         self._model, self.prompts, self._judge = model, tuple(prompts), judge
         self._reader = fluency_model or model
+        self._tokens = tuple(tokens)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self.text: CleanText = clean_text(
             model, self.prompts[:_DOSED], temperature=temperature, seed=seed
@@ -263,7 +273,7 @@ class Trial:
         found = [
             matched_strengths(
                 self._model, edit_at, self.text, doses,
-                largest=largest, sign=sign, tolerance=_TOLERANCE,
+                largest=largest, sign=sign, tolerance=_TOLERANCE, tokens=self._tokens,
             )
             for edit_at in directions
         ]  # fmt: skip

@@ -15,6 +15,7 @@ from saelab.steering.neutral import NeutralConfig
 from saelab.steering.sweep import Matched
 from saelab.steering.trial import Response, Trial
 
+NO_DOSE = {"oracle", "prompt"}
 CONFIG = SteeringConfig(
     concepts=("glad",), doses=(1.5,), new_tokens=3, candidates=1, per_label=3, rows=300,
     resamples=20,
@@ -70,6 +71,16 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, neut
     assert lead.value == pytest.approx(score["dictionary"] - score["isotropic"])
     assert found["steering_judge_heldout_auroc(glad)", "judge"].value > 0.9
     assert found["steering_ce_change(glad)", "dictionary"].value != 0
+    # what is predicted and what fires, at each dose and at the chosen one
+    for name in ("kl_last_prompt", "target_shift"):
+        for arm in ("dictionary", "isotropic"):
+            at_dose = found[f"steering_{name}[dose=1.5](glad)", arm].value
+            assert at_dose == found[f"steering_{name}(glad)", arm].value
+    shift = {arm: found["steering_target_shift(glad)", arm].value for arm in lift.keys() - NO_DOSE}
+    assert shift["dictionary"] > max(shift["isotropic"], shift["covariance"])
+    for name in ("presence", "presence_gain", "presence_others"):
+        at_dose = found[f"steering_{name}[dose=1.5](glad)", "dictionary"].value
+        assert at_dose == found[f"steering_{name}(glad)", "dictionary"].value
     # of two labels the other is the opposite, and no side effect
     assert not [name for name, _ in found if "others_change" in name]
     for row in rows:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from steering_toys import OWN, SITE, labelled_store
+from steering_toys import OWN, SITE, dictionary_with, labelled_store
 
 from saelab.edits import Directions, Handle, add, steer
+from saelab.steering.judges import LexiconJudge
 from saelab.steering.kinds import judge_inputs
 from saelab.steering.neutral import (
     Neutral,
@@ -14,7 +15,9 @@ from saelab.steering.neutral import (
     windows_without,
 )
 from saelab.steering.scene import SteeringConfig
-from saelab.steering.side_effects import ce_sums, mean_change
+from saelab.steering.side_effects import ce_sums, mean_change, presences
+from saelab.steering.sweep import Continuations, presence
+from saelab.steering.trial import Trial, adding
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,30 @@ def test_many_directions_share_the_windows_and_count_alike(toy_model, store, han
     assert float(mean_change(found.sum((0, 1))[None])) == pytest.approx(
         float(found[..., 0].sum() / 8)
     )
+
+
+def texts_of(written: Continuations, prompts: list[str]) -> list[tuple[str, str]]:
+    """Every other prompt with what was written after it."""
+    pairs = zip(written.prompts, written.texts, strict=True)
+    return [(prompt, text) for prompt, text in pairs if prompts.index(prompt) % 2]
+
+
+def test_presence_is_read_on_reported_prompts_against_unsteered_text(toy_model, handle):
+    prompts = [f"the people {word}" for word in ("can", "may", "will", "must", "should", "did")]
+    prompts += ["they say that", "of this time"]
+    judge = LexiconJudge({"good": []}, source="one word")
+    trial = Trial(toy_model, prompts, judge, max_new_tokens=4, samples=2)
+    arms = {"two": adding(handle, [3, 5])}
+    (response,) = trial.responses(arms, [0.5], largest=100.0)
+    relu = Handle(dictionary_with(handle.dictionary.W_dec[3], 0), SITE)
+    (found,) = presences(toy_model, relu, 0, [response], trial)
+    kept = [pair for one in response.written for pair in texts_of(one, prompts)]
+    usual = texts_of(trial.usual, prompts)
+    own, before = (
+        presence(toy_model, relu, Continuations(*map(tuple, zip(*pairs, strict=True))))
+        for pairs in (kept, usual)
+    )
+    assert (len(kept), len(usual)) == (8, 8)
+    assert found["presence"] == pytest.approx(float(own[0]))
+    assert found["presence_gain"] == pytest.approx(float(own[0] - before[0]))
+    assert found["presence_others"] == pytest.approx(float((own - before)[1:].abs().sum()))

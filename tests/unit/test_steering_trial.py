@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.edits import Directions, Handle
+from saelab.edits import Directions, Handle, add
 from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
 from saelab.steering.candidates import (
@@ -16,6 +16,7 @@ from saelab.steering.candidates import (
     concept_tokens,
 )
 from saelab.steering.judges import LexiconJudge
+from saelab.steering.sweep import dose
 from saelab.steering.trial import Response, Trial, adding, reported_half, select, shares
 
 SITE = "blocks.1.hook_resid_post"
@@ -104,6 +105,23 @@ def test_the_spread_of_directions_is_in_the_interval():
     steady = response(16 * [0.5], 16 * [1.0])
     assert prompts.over(steady, **drawn).standard_error < both.over(steady, **drawn).standard_error
     assert both.over(both, **drawn).standard_error == 0
+
+
+def test_a_response_says_how_far_the_concepts_tokens_shift(toy_model, trial, towards):
+    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
+    judge = LexiconJudge({"good": []}, source="one word")
+    asked = Trial(toy_model, PROMPTS, judge, max_new_tokens=3, samples=2, tokens=ids)
+    arms = {"concept": adding(towards, [0]), "both": adding(towards, [0, 1])}
+    concept, both = asked.responses(arms, [1.0], largest=200.0)
+    strengths = [one.strength for one in both.matched]
+    shifts = [
+        dose(toy_model, [add(towards, i, strength)], asked.text, targets=ids).target_shift
+        for i, strength in enumerate(strengths)
+    ]
+    assert concept.target_shift == pytest.approx(shifts[0], rel=1e-4) and shifts[0] > 1
+    assert both.target_shift == pytest.approx(sum(shifts) / 2, rel=1e-4)
+    (other,) = trial.responses({"concept": adding(towards, [0])}, [1.0], largest=200.0)
+    assert other.target_shift is None
 
 
 def test_a_dose_out_of_reach_has_no_score(trial, towards):
