@@ -121,7 +121,9 @@ pd.DataFrame(rows).round(3)
 
 # %%
 usual = presence(model, handle, found.trial.usual)
-at_doses = {dose: found.presence(f"latent {best.latent}", dose) for dose in DOSES}
+name = f"latent {best.latent}"
+reached = [dose for dose in DOSES if found.at(name, dose).written]
+at_doses = {dose: found.presence(name, dose) for dose in reached}
 pd.DataFrame(
     {
         dose: {
@@ -141,7 +143,7 @@ pd.DataFrame(
 # random direction at the same dose (of twenty, each continues a quarter of the prompts).
 
 # %%
-name, dose = f"latent {best.latent}", max(DOSES)
+dose = max(DOSES)
 own, other = found.at(name, dose), found.at("covariance", dose)
 at_random = {p: t for some in other.written for p, t in zip(some.prompts, some.texts, strict=True)}
 pd.DataFrame(

@@ -1,6 +1,7 @@
 """Both signs: the smaller of two effects, and what signed codes tell of labels unsteered."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,16 @@ from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direc
 from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
 from saelab.steering import signs
+from saelab.steering.evaluator import OWN as OWN_ARM
+from saelab.steering.judges import Validation
+from saelab.steering.rows import Rows
 from saelab.steering.scene import SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.signs import Pair, SignsEvaluator, choose
+from saelab.steering.sweep import Continuations
 from saelab.steering.trial import Response
+
+WRITTEN = (Continuations(("a",), ("b",)),)
 
 
 def response(scores: list[float], usual: float = 0.5) -> Response:
@@ -47,6 +54,26 @@ def test_the_pair_is_chosen_on_the_first_half_and_read_on_the_second():
     assert choose([missed, even, lucky]) is lucky
     assert value(signs.least, lucky) == 0
     assert choose([missed]) is None
+
+
+def test_differences_are_at_equal_doses_too():
+    def pair(dose: float, effect: float) -> Pair:
+        sides = (response(16 * [0.5 + side * effect]) for side in (1, -1))
+        return Pair(*(replace(one, target=dose, written=WRITTEN) for one in sides))
+
+    arms = {
+        OWN_ARM: [pair(0.1, 0.1), pair(0.4, 0.2)],
+        "random": [pair(0.1, 0.3), pair(0.4, 0.05), pair(0.4, math.nan)],
+    }
+    config = CONFIG.model_copy(update={"doses": (0.1, 0.4)})
+    rows = Rows("glad", Validation("some", 0.9, 0.9), 8, "signs", 2, 20, 0)
+    found = {(row.name, row.arm): row.value for row in SignsEvaluator(config)._steered(rows, arms)}
+    lead = "signs_least_over(random)"
+    assert found[f"{lead}(glad)", OWN_ARM] == pytest.approx(0.2 - 0.3)  # each at its best dose
+    assert found[f"{lead}[dose=0.1](glad)", OWN_ARM] == pytest.approx(0.1 - 0.3)
+    assert found[f"{lead}[dose=0.4](glad)", OWN_ARM] == pytest.approx(0.2 - 0.05)
+    assert found["signs_least[dose=0.4](glad)", "random"] == pytest.approx(0.05)
+    assert found["signs_dose(glad)", "random"] == 0.1
 
 
 # ------------------------------------------------------------------------------------ signed codes
@@ -104,6 +131,11 @@ def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path):
     lead = found["signs_least_over(covariance)(glad)", "dictionary"]
     assert lead.value == pytest.approx(least["dictionary"] - least["covariance"])
     assert len(lead.replicates) == 20
+    # the only dose is the best one
+    for name in ("least", "opposed", "least_over(covariance)"):
+        at_dose = found[f"signs_{name}[dose=1.5](glad)", "dictionary"].value
+        assert at_dose == found[f"signs_{name}(glad)", "dictionary"].value
+    assert [found["signs_reached[dose=1.5](glad)", arm].value for arm in arms] == [1, 1, 1]
     assert [found["signs_candidates(glad)", arm].value for arm in arms] == [2, 1, 2]
     assert found["signs_auc(glad)", "dictionary"].value > 0.6
     assert 0 < found["signs_two_sided_share(glad)", "dictionary"].value <= 1
