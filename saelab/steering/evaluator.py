@@ -163,11 +163,17 @@ class SteeringEvaluator:
         ground = replace(ground, others=others)
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
-        instruction = self.config.instruction.replace("{label}", scene.labelled.classes[place])
-        told = [ground.trial.prompted(instruction)]
-        ground.arms[PROMPT] = Steered([], told, select(told))
+        told = [
+            ground.trial.prompted(one.replace("{label}", judges.called(place)))
+            for one in self.config.instructions
+        ]
+        prompt = Steered([], told, select(told))
+        ground.arms[PROMPT] = prompt
         for name, found in ground.arms.items():
             ground.kept.extend(self._arm(model, ground, name, found))
+        if prompt.selection is not None:
+            place_told = float(prompt.selection.chosen)
+            ground.kept.append(ground.rows.row("steering_instruction", place_told, "id", PROMPT))
         return ground
 
     # ------------------------------------------------------------------------------------ rows

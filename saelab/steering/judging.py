@@ -186,7 +186,7 @@ class Judges:
             half = self._labelled.parts["choose"]
             return half.texts, half.targets[:, place], _HALF
         assert self._config is not None and self._corpus is not None
-        label = self._called(place)
+        label = self.called(place)
         known = set(self._corpus.labels)
         if label not in known:
             raise ConfigError(
@@ -198,7 +198,8 @@ class Judges:
         texts, positive = self._corpus.part(label, held=False)
         return texts, positive, self._config.source
 
-    def _called(self, place: int) -> str:
+    def called(self, place: int) -> str:
+        """Return what the judge calls a label."""
         name = self._labelled.classes[place]
         return name if self._config is None else self._config.labels.get(name, name)
 
@@ -211,7 +212,7 @@ class Judges:
         )
         if self._corpus is None:
             return found
-        own, positive = self._corpus.part(self._called(place), held=True)
+        own, positive = self._corpus.part(self.called(place), held=True)
         return replace(found, own_auroc=auc(self.of(place)(own), positive))
 
     def _validation(
@@ -240,7 +241,7 @@ class Judges:
         texts = [*parts["test"].texts, *parts["choose"].texts]
         targets = torch.cat([parts["test"].targets, parts["choose"].targets])
         known = set(self._corpus.labels)
-        told = torch.tensor([self._called(i) in known for i in range(targets.shape[1])])
+        told = torch.tensor([self.called(i) in known for i in range(targets.shape[1])])
         kept = targets[:, told].any(1) if int(told.sum()) > 1 else torch.ones(len(texts)).bool()
         some = [text for text, keep in zip(texts, kept.tolist(), strict=True) if keep]
         return some, targets[kept, place]

@@ -55,8 +55,11 @@ class SteeringConfig(Config):
     documents."""
     prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
     """Beginnings that are continued; half of them choose, the others are reported."""
-    instruction: str = "The following text is about {label}."
-    """What the prompt arm puts before each beginning; `{label}` stands for the label."""
+    instruction: str | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "The following text is about {label}."
+    )
+    """What the prompt arm puts before each beginning; of several, the best on one half of the
+    beginnings. `{label}` stands for the label, as the judge calls it."""
     doses: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.4, 0.8)
     """Mean KL(clean ‖ steered) in nats to steer at."""
     new_tokens: PositiveInt = 32
@@ -73,6 +76,11 @@ class SteeringConfig(Config):
     """Bootstrap resamples behind each interval."""
     seed: int = 0
     """Of the random directions, of sampling and of the bootstrap."""
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The instructions, as a tuple also where there is one."""
+        return (self.instruction,) if isinstance(self.instruction, str) else self.instruction
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The steering evaluator on the toy: a planted handle is found and beats what it should."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,39 @@ def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, 
     rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
     assert {row.value for row in rows if row.name == "steering_reached(glad)"} == {0.0, 1.0}
     assert {row.arm for row in rows if row.name == "steering_score(glad)"} == {"prompt"}
+
+
+def test_instructions_say_the_judges_word_and_the_best_is_chosen(toy_model, store, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    told: list[str] = []
+    real = Trial.prompted
+
+    def prompted(trial, instruction):
+        told.append(instruction)
+        found = real(trial, instruction)
+        return replace(found, sums=found.sums + torch.tensor([float(len(told)), 0, 0, 0, 0]))
+
+    monkeypatch.setattr(Trial, "prompted", prompted)
+    lines = [f"{label},{word} {n}" for label, word in (("fine", "great"), ("no", "old")) for n in
+             "1234"]  # fmt: skip
+    path = store.path / ".." / "fine.csv"
+    path.write_text("\n".join(["label,text", *lines]) + "\n")
+    judge = {"source": str(path), "label_field": "label", "labels": {"glad": "fine"}}
+    config = SteeringConfig.parse(
+        CONFIG.plain() | {"judge": judge, "instruction": ["{label}, {label}!", "Be {label}."]}
+    )
+    dictionary = make_dictionary(toy_model, 0)
+    rows = {
+        row.name: row.value
+        for row in SteeringEvaluator(config, SITE)(dictionary, store, toy_model)
+        if row.arm == "prompt"
+    }
+    assert told == ["fine, fine!", "Be fine."]
+    assert rows["steering_candidates(glad)"] == 2
+    assert rows["steering_instruction(glad)"] == 1
+    assert SteeringConfig(instruction="one").instructions == ("one",)
+    with pytest.raises(ConfigError, match="instruction"):
+        SteeringConfig.parse({"instruction": []})
 
 
 def test_controls_are_like_the_latent_that_was_chosen(toy_model, store, monkeypatch):
