@@ -7,6 +7,7 @@ of random directions, and an instruction. Judges learn from another corpus where
 are validated on held-out documents and on unsteered generations. Rows: docs/steering.md.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -19,7 +20,7 @@ from saelab.steering.baselines import N_RANDOM
 from saelab.steering.candidates import RULES, Candidate
 from saelab.steering.judging import Judges, Panel
 from saelab.steering.prepared import Prepared
-from saelab.steering.rows import Rows
+from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.side_effects import (
     Neutral,
@@ -43,7 +44,7 @@ class Steered:
     responses: Sequence[Response]
     """Of the first candidate at every dose, then of the second, and so on."""
     selection: Selection | None
-    """None where no dose was reached."""
+    """None where no dose was reached, or the judge was silent."""
 
     @property
     def chosen(self) -> int:
@@ -145,10 +146,10 @@ class SteeringEvaluator:
 
         Raises ConfigError without a model that can be steered, without two frequent labels, or for
         a concept that the judge's corpus does not know. An arm that reaches no dose has no other
-        row than that.
+        row than that; one that nobody judges says so.
         """
         for steerable, scene, place, ground in self._prepared.concepts(dictionary, store, model):
-            yield from self._concept(steerable, scene, ground, place)
+            yield from valued(self._concept(steerable, scene, ground, place))
 
     def _ground(
         self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
@@ -221,9 +222,11 @@ class SteeringEvaluator:
     ) -> Iterator[ResultRow]:
         """Yield an arm's scores, its curve and its side effects."""
         rows, chosen = ground.rows, found.selection
-        reached = 0.0 if chosen is None else chosen.n_reached / chosen.n_candidates
-        yield rows.row("steering_reached", reached, "share", name)
+        reached = [one for one in found.responses if one.reached]
+        yield rows.row("steering_reached", len(reached) / len(found.responses), "share", name)
         if chosen is None:
+            missing = sum(one.missing for one in reached) / len(reached) if reached else math.nan
+            yield rows.row("steering_missing", missing, "share", name)
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
         yield from rows.by_dose(name, found.curve)

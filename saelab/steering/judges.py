@@ -5,6 +5,7 @@ one judge and between no two: a result row names its judge. A text that a judge 
 is missing (NaN), never 0.
 """
 
+import http.client
 import json
 import math
 import re
@@ -210,8 +211,10 @@ class UrlJudge:
             try:
                 said = json.loads(self._post(request, self._timeout))
                 content = said["choices"][0]["message"]["content"]
-            except (OSError, ValueError, KeyError, IndexError, TypeError):
-                continue  # an answer that did not come is asked for again
+            except (
+                OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError
+            ):  # fmt: skip
+                continue  # an answer that did not come whole is asked for again
             number = re.search(r"(?<![\d.])[0-2](?:\.\d+)?(?!\d)", str(content))
             if number and float(number[0]) <= self.top:
                 return float(number[0]) / self.top

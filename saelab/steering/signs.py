@@ -25,7 +25,7 @@ from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
 from saelab.steering.judging import Judges
 from saelab.steering.prepared import Prepared
-from saelab.steering.rows import Rows
+from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.trial import EditAt, Response, Trial, reported_half
@@ -101,8 +101,8 @@ class SignsEvaluator:
             candidates = scene.candidates(steerable, place)
             own = [edit_at for arm in scene.own_arms(candidates) for edit_at in arm]
             arms = {OWN: pairs_of(scene, ground.trial, own), **shared}
-            yield from ground.rows.judge()
-            yield from self._steered(ground.rows, arms)
+            yield from valued(ground.rows.judge())
+            yield from valued(self._steered(ground.rows, arms))
             yield from self._unsteered(ground.rows, scene, store, place)
 
     def _ground(

@@ -12,7 +12,7 @@ from saelab.steering import evaluator as module
 from saelab.steering import scene
 from saelab.steering.candidates import Candidate
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
-from saelab.steering.sweep import Matched
+from saelab.steering.sweep import Continuations, Matched
 from saelab.steering.trial import Response, Trial
 
 CONFIG = SteeringConfig(
@@ -84,6 +84,17 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     again = list(evaluate(make_dictionary(toy_model, 1), store, toy_model))
     shared = {row.name: row for row in again if row.arm == "isotropic"}
     assert all(found[name, "isotropic"] == row for name, row in shared.items())
+
+
+def test_an_arm_that_nobody_judges_has_reached_its_dose(toy_model, store, monkeypatch):
+    written = Continuations(("the",), ("of",))
+    sums = torch.ones(16, 5, dtype=torch.float64)
+    sums[:, :3] = 0
+    silent = Response("any", 1.5, (), None, "none", sums, (written,))
+    monkeypatch.setattr(Trial, "responses", lambda _, arms, *__, **___: len(arms) * [silent])
+    rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
+    own = {row.name: row.value for row in rows if row.arm == "dictionary"}
+    assert own == {"steering_reached(glad)": 1.0, "steering_missing(glad)": 1.0}
 
 
 def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_path, monkeypatch):

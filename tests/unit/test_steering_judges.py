@@ -1,5 +1,6 @@
 """Judges on text alone, what they do without an answer, and fluency at both of its ends."""
 
+import http.client
 import json
 import math
 
@@ -76,7 +77,8 @@ def make_url_judge(answers):
 
 
 def test_a_server_is_asked_again_and_then_the_text_is_missing():
-    answers = ["2", OSError("down"), "Score: 1.", "no idea", "10", OSError("down"), "0"]
+    cut = http.client.IncompleteRead(b"{", 99)
+    answers = ["2", OSError("down"), "Score: 1.", "no idea", "10", cut, "0"]
     judge, pauses, requests = make_url_judge(answers)
     scores = judge(["a", "b", "c", "d"])
     torch.testing.assert_close(scores, torch.tensor([1.0, 0.5, float("nan"), 0.0]), equal_nan=True)

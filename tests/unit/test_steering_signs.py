@@ -8,7 +8,7 @@ from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direc
 
 from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
-from saelab.steering import signs
+from saelab.steering import scene, signs
 from saelab.steering.scene import SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.signs import Pair, SignsEvaluator, choose
@@ -84,7 +84,10 @@ CONFIG = SteeringConfig(
 )  # fmt: skip
 
 
-def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path):
+def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path, monkeypatch):
+    # of the toy's twenty most typical tokens only these are words of the label
+    words = [int(run.ids[0]) for run in toy_model.tokenize([f" {word}" for word in OWN["glad"]])]
+    monkeypatch.setattr(scene, "concept_tokens", lambda *_: words)
     store = labelled_store(tmp_path, toy_model)
     between = word_direction(toy_model, OWN["glad"]) - word_direction(toy_model, OWN["slow"])
     evaluate = SignsEvaluator(CONFIG, SITE)
