@@ -18,8 +18,9 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
 from saelab.steering.candidates import RULES, Candidate
-from saelab.steering.judging import Judges, Panel
-from saelab.steering.prepared import Prepared
+from saelab.steering.judging import Judges, Lexicon, Panel
+from saelab.steering.lexicons import lexicon_rows
+from saelab.steering.prepared import Load, Prepared
 from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.side_effects import (
@@ -90,6 +91,8 @@ class Ground:
     neutral: Neutral
     others: Panel | None = None
     """Judges of the other labels; None where there is none but the opposite."""
+    lexicon: Lexicon | None = None
+    """A list of the concept's words, where there is one."""
     arms: dict[str, Steered] = field(default_factory=dict)
     """What no dictionary is needed for."""
     kept: list[ResultRow] = field(default_factory=list)
@@ -134,10 +137,17 @@ class SteeringEvaluator:
     name = "steering"
     version = 3
 
-    def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
-        """Steer at `site`; by default the store's only one."""
+    def __init__(
+        self,
+        config: SteeringConfig | None = None,
+        site: str | None = None,
+        *,
+        load: Load | None = None,
+    ) -> None:
+        """Steer at `site`; by default the store's only one. `load` is for configurations that name
+        other models."""
         self.config = config or SteeringConfig()
-        self._prepared = Prepared(self.name, self.config, site, self._ground)
+        self._prepared = Prepared(self.name, self.config, site, self._ground, load)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
@@ -158,10 +168,12 @@ class SteeringEvaluator:
         ground = ground_of(
             model, store, scene, judges, place, evaluator=self.name, version=self.version
         )
-        others = judges.of_others(
-            scene.others(place), model, new_tokens=self.config.new_tokens, seed=self.config.seed
+        how = {"new_tokens": self.config.new_tokens, "seed": self.config.seed}
+        ground = replace(
+            ground,
+            others=judges.of_others(scene.others(place), model, **how),
+            lexicon=judges.lexicon(place, model, **how),
         )
-        ground = replace(ground, others=others)
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
         told = [
@@ -191,6 +203,8 @@ class SteeringEvaluator:
             if matched is not None:
                 arms[MATCHED] = steered(scene, trial, MATCHED, [matched])
         yield from rows.judge()
+        if ground.lexicon is not None and not ground.lexicon.is_chosen:
+            yield from rows.read_by(ground.lexicon.validation).judge("lexicon")
         for name, found in arms.items():
             yield from self._arm(model, ground, name, found)
         yield from ground.kept
@@ -230,6 +244,11 @@ class SteeringEvaluator:
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
         yield from rows.by_dose(name, found.curve)
+        if ground.lexicon is not None:
+            arm = found.candidates[found.chosen] if found.candidates else None
+            yield from lexicon_rows(
+                rows, model, ground.trial, ground.lexicon, name, arm, chosen.reported
+            )
         if ground.others is not None:
             sums = others_sums(ground.others.judges, chosen.reported, ground.trial)
             sums = sums[reported_half(len(sums))]

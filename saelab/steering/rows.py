@@ -67,12 +67,12 @@ class Rows:
         drawn = bootstrap(sums, statistic, resamples=self.resamples, seed=self.seed)
         return self.row(name, value, unit, arm, drawn, n=len(sums))
 
-    def judge(self) -> Iterator[ResultRow]:
+    def judge(self, name: str = "judge") -> Iterator[ResultRow]:
         """Yield how well the judge tells texts apart that no edit has touched."""
         for side in ("heldout_auroc", "generated_auroc", "own_auroc"):
             value = getattr(self.validation, side)
             if value is not None:
-                yield self.row(f"steering_judge_{side}", value, "AUC", "judge")
+                yield self.row(f"steering_{name}_{side}", value, "AUC", "judge")
 
     def response(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:
         """Yield score and lift, of the prompts that the judge answered for, and fluency, of all."""

@@ -26,7 +26,7 @@ from saelab.steering.candidates import (
     by_logit_effect,
     concept_tokens,
 )
-from saelab.steering.judging import JudgeConfig
+from saelab.steering.judge_configs import JudgeConfig, NgramsConfig
 from saelab.steering.trial import EditAt, adding
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ class SteeringConfig(Config):
     opposites: tuple[tuple[str, str], ...] = ()
     """Pairs of labels that are each other's opposite: steering by one, the other is no side effect.
     Of two labels each is the other's."""
-    judge: JudgeConfig | None = None
-    """Another labelled corpus, on which judges learn; by default one half of the held-out
-    documents."""
+    judge: JudgeConfig = NgramsConfig()
+    """Who says how much of a concept a text holds; by default a classifier of n-grams that learns
+    from one half of the held-out documents."""
     prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
     """Beginnings that are continued; half of them choose, the others are reported."""
     instruction: str | Annotated[tuple[str, ...], Field(min_length=1)] = (

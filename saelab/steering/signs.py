@@ -24,7 +24,7 @@ from saelab.stats import ResultRow, bootstrap, bootstrap_weights, weighted_auc
 from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
 from saelab.steering.judging import Judges
-from saelab.steering.prepared import Prepared
+from saelab.steering.prepared import Load, Prepared
 from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
@@ -87,10 +87,17 @@ class SignsEvaluator:
     name = "signs"
     version = 2
 
-    def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
-        """Steer at `site`; by default the store's only one."""
+    def __init__(
+        self,
+        config: SteeringConfig | None = None,
+        site: str | None = None,
+        *,
+        load: Load | None = None,
+    ) -> None:
+        """Steer at `site`; by default the store's only one. `load` is for configurations that name
+        other models."""
         self.config = config or SteeringConfig()
-        self._prepared = Prepared(self.name, self.config, site, self._ground)
+        self._prepared = Prepared(self.name, self.config, site, self._ground, load)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
