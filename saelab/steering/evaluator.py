@@ -18,9 +18,9 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
 from saelab.steering.candidates import RULES, Candidate
-from saelab.steering.judging import Judges, Lexicon, Panel
+from saelab.steering.judging import Lexicon, Panel
 from saelab.steering.lexicons import lexicon_rows
-from saelab.steering.prepared import Load, Prepared
+from saelab.steering.prepared import Load, Prepared, Readers
 from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.side_effects import (
@@ -112,7 +112,7 @@ def ground_of(
     model: Steerable,
     store: Store,
     scene: Scene,
-    judges: Judges,
+    readers: Readers,
     place: int,
     *,
     evaluator: str,
@@ -120,12 +120,19 @@ def ground_of(
 ) -> Ground:
     """Train and validate the judge of a concept, and let the unsteered model write."""
     config = scene.config
-    judge = judges.of(place)
-    validation = judges.validated(place, model, new_tokens=config.new_tokens, seed=config.seed)
-    trial = Trial(model, config.prompts, judge, max_new_tokens=config.new_tokens, seed=config.seed)
+    judge = readers.judges.of(place)
+    validation = readers.judges.validated(
+        place, model, new_tokens=config.new_tokens, seed=config.seed
+    )
+    trial = Trial(
+        model, config.prompts, judge,
+        fluency_model=readers.fluency, max_new_tokens=config.new_tokens, seed=config.seed,
+    )  # fmt: skip
+    own = f"{model.name}, unsteered"
+    reader = own if readers.fluency is None else readers.fluency.name
     rows = Rows(
         scene.labelled.classes[place], validation, int(reported_half(len(config.prompts)).sum()),
-        evaluator, version, config.resamples, config.seed,
+        evaluator, version, config.resamples, config.seed, f"fluency({reader})",
     )  # fmt: skip
     return Ground(trial, rows, neutral_windows(store, scene.site, model))
 
@@ -162,12 +169,13 @@ class SteeringEvaluator:
             yield from valued(self._concept(steerable, scene, ground, place))
 
     def _ground(
-        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
+        self, model: Steerable, store: Store, scene: Scene, readers: Readers, place: int
     ) -> Ground:
         """Steer by what no dictionary is needed for."""
         ground = ground_of(
-            model, store, scene, judges, place, evaluator=self.name, version=self.version
+            model, store, scene, readers, place, evaluator=self.name, version=self.version
         )
+        judges = readers.judges
         how = {"new_tokens": self.config.new_tokens, "seed": self.config.seed}
         ground = replace(
             ground,

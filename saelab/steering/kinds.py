@@ -29,10 +29,12 @@ class Identity(Protocol):
 
 def judge_inputs(configs: Sequence[Config], identify: Callable[[str], Identity]) -> dict[str, Any]:
     """Return what else goes into a results key: the checksums of the corpora on which judges learn
-    and of the lists whose words they count, and the fingerprints of the models that they ask."""
-    judges = [one.judge for one in configs if isinstance(one, SteeringConfig)]
+    and of the lists whose words they count, and the fingerprints of the other models that read."""
+    steering = [one for one in configs if isinstance(one, SteeringConfig)]
+    judges = [one.judge for one in steering]
     texts = {one.source for one in judges if isinstance(one, NgramsConfig | LexiconConfig)}
     asked = {one.source for one in judges if isinstance(one, ModelJudgeConfig)}
+    asked |= {one.fluency_model for one in steering}
     found = {
         "judges": {source: checksum(source) for source in sorted(filter(None, texts))},
         "readers": {source: identify(source).fingerprint for source in sorted(filter(None, asked))},

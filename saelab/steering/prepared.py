@@ -1,6 +1,7 @@
 """What evaluators that write text prepare once, and share between the dictionaries of a site."""
 
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar, final
 
 from saelab.edits.placement import Steerable
@@ -10,9 +11,19 @@ from saelab.steering.judge_configs import ModelJudgeConfig
 from saelab.steering.judging import Judges, judges_of
 from saelab.steering.scene import Scene, SteeringConfig, scene_of
 
+
+@dataclass(frozen=True)
+class Readers:
+    """Who reads what is written."""
+
+    judges: Judges
+    fluency: LanguageModel | None
+    """Another model whose loss says what is fluent; None: the steered one's, unsteered."""
+
+
 G = TypeVar("G")
 """What is prepared for a concept."""
-Prepare = Callable[[Steerable, Store, Scene, Judges, int], G]
+Prepare = Callable[[Steerable, Store, Scene, Readers, int], G]
 """Prepares the concept at a place of the scene's labels."""
 Load = Callable[..., LanguageModel]
 """Loads another model, as `saelab.load_model` does: by its source, with a `device`."""
@@ -37,7 +48,7 @@ class Prepared(Generic[G]):
         self._name, self._config, self._site, self._prepare = name, config, site, prepare
         self._load = load
         self._concepts: dict[Hashable, G] = {}
-        self._judges: dict[Hashable, Judges] = {}
+        self._readers: dict[Hashable, Readers] = {}
 
     def concepts(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None
@@ -51,22 +62,23 @@ class Prepared(Generic[G]):
             raise ConfigError(f"evaluate.evals: {self._name} writes text and needs a live `model:`")
         scene = scene_of(self._config, dictionary, store, self._site)
         who = (store.content_hash, model.fingerprint)
-        if who not in self._judges:
-            judge = self._config.judge
-            source = judge.source if isinstance(judge, ModelJudgeConfig) else None
-            asked = self._reader(source, model)
-            self._judges = {who: judges_of(store, scene.labelled, judge, asked)}
-        judges = self._judges[who]
+        if who not in self._readers:
+            self._readers = {who: self._read_by(model, store, scene)}
         for place in scene.places:
             key = (store.content_hash, scene.site, model.fingerprint, place)
             if key not in self._concepts:
-                self._concepts[key] = self._prepare(model, store, scene, judges, place)
+                self._concepts[key] = self._prepare(model, store, scene, self._readers[who], place)
             yield model, scene, place, self._concepts[key]
 
-    def _reader(self, source: str | None, steered: LanguageModel) -> LanguageModel:
-        """Return the model that a configuration names; without a name the steered one."""
-        if source is None:
-            return steered
+    def _read_by(self, model: Steerable, store: Store, scene: Scene) -> Readers:
+        judge, fluency = self._config.judge, self._config.fluency_model
+        source = judge.source if isinstance(judge, ModelJudgeConfig) else None
+        asked = model if source is None else self._loaded(source, model)
+        other = None if fluency is None else self._loaded(fluency, model)
+        return Readers(judges_of(store, scene.labelled, judge, asked), other)
+
+    def _loaded(self, source: str, steered: LanguageModel) -> LanguageModel:
+        """Return a model that the configuration names, beside the steered one."""
         if self._load is None:
             raise ConfigError(
                 f"{self._name} is to read with the model {source!r} and was given no way to load "

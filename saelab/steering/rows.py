@@ -33,6 +33,8 @@ class Rows:
     version: int
     resamples: int
     seed: int
+    reader: str
+    """Which model's loss says what is fluent, as rows of fluency name it."""
 
     def row(
         self,
@@ -43,8 +45,9 @@ class Rows:
         replicates: Float[Tensor, " resamples"] | None = None,
         *,
         n: int | None = None,
+        encoder: str | None = None,
     ) -> ResultRow:
-        """Return a row; `n` is the number of prompts where nothing is said.
+        """Return a row; `n` is the number of prompts and `encoder` the judge where nothing is said.
 
         Its error is over the resamples that have a value.
         """
@@ -52,7 +55,7 @@ class Rows:
         error = None if replicates is None else standard_error(known(replicates))
         return ResultRow(
             f"{name}({self.label})", value, unit, self.n if n is None else n,
-            error, self.version, arm, judge, self.evaluator, replicates,
+            error, self.version, arm, encoder or judge, self.evaluator, replicates,
         )  # fmt: skip
 
     def read_by(self, validation: Validation) -> "Rows":
@@ -79,8 +82,12 @@ class Rows:
         for measure, unit in UNITS.items():
             drawn = response.replicates(measure, resamples=self.resamples, seed=self.seed)
             value = getattr(response, measure)
-            n = None if measure == "fluency" else response.n_answered
-            yield self.row(f"steering_{measure}{suffix}", value, unit, arm, drawn, n=n)
+            judged = measure != "fluency"
+            yield self.row(
+                f"steering_{measure}{suffix}", value, unit, arm, drawn,
+                n=response.n_answered if judged else None,
+                encoder=None if judged else self.reader,
+            )  # fmt: skip
 
     def chosen(self, arm: str, response: Response, n_candidates: int) -> Iterator[ResultRow]:
         """Yield what the chosen response did, at which dose, among how many, and how much of it the

@@ -53,6 +53,9 @@ class SteeringConfig(Config):
     judge: JudgeConfig = NgramsConfig()
     """Who says how much of a concept a text holds; by default a classifier of n-grams that learns
     from one half of the held-out documents."""
+    fluency_model: str | None = None
+    """Another model whose loss says what is fluent, named as in `model.source`; by default the
+    steered model itself, unsteered."""
     prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
     """Beginnings that are continued; half of them choose, the others are reported."""
     instruction: str | Annotated[tuple[str, ...], Field(min_length=1)] = (

@@ -23,8 +23,7 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, bootstrap, bootstrap_weights, weighted_auc
 from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
-from saelab.steering.judging import Judges
-from saelab.steering.prepared import Load, Prepared
+from saelab.steering.prepared import Load, Prepared, Readers
 from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
@@ -113,10 +112,10 @@ class SignsEvaluator:
             yield from self._unsteered(ground.rows, scene, store, place)
 
     def _ground(
-        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
+        self, model: Steerable, store: Store, scene: Scene, readers: Readers, place: int
     ) -> tuple[Ground, dict[str, list[Pair]]]:
         ground = ground_of(
-            model, store, scene, judges, place, evaluator=self.name, version=self.version
+            model, store, scene, readers, place, evaluator=self.name, version=self.version
         )
         n = 2 * self.config.candidates
         directions = {
@@ -143,7 +142,9 @@ class SignsEvaluator:
             for side, response in (("up", pair.up), ("down", pair.down)):
                 own = response.where(reported_half(len(response.sums)))
                 yield rows.row(f"signs_{side}", own.lift, "judge", name)
-                yield rows.row(f"signs_fluency_{side}", own.fluency, "share", name)
+                yield rows.row(
+                    f"signs_fluency_{side}", own.fluency, "share", name, encoder=rows.reader
+                )
             assert pair.up.target is not None
             yield rows.row("signs_dose", pair.up.target, "nats", name)
         own = found[OWN]

@@ -8,8 +8,9 @@ import torch
 from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direction
 
 from saelab.errors import ConfigError
+from saelab.models import load_model
 from saelab.steering import evaluator as module
-from saelab.steering import scene
+from saelab.steering import fluency, scene
 from saelab.steering.candidates import Candidate
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
 from saelab.steering.sweep import Continuations, Matched
@@ -65,7 +66,8 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, monk
     # of two labels the other is the opposite, and no side effect
     assert not [name for name, _ in found if "others_change" in name]
     for row in rows:
-        assert row.encoder.startswith("ngrams(held-out half)")
+        reader = "fluency(toy, unsteered)" if "fluency" in row.name else "ngrams(held-out half)"
+        assert row.encoder.startswith(reader)
         assert (row.n, row.evaluator) == (16 if "ce_change" in row.name else 8, "steering")
         assert math.isfinite(row.value), row.name
         if row.name.startswith(("steering_score", "steering_ce")):
@@ -160,6 +162,27 @@ def test_instructions_say_the_judges_word_and_the_best_is_chosen(toy_model, stor
     assert SteeringConfig(instruction="one").instructions == ("one",)
     with pytest.raises(ConfigError, match="instruction"):
         SteeringConfig.parse({"instruction": []})
+
+
+def test_another_model_reads_fluency_and_is_named(toy_model, store, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    other, read = load_model("toy:seed=1"), []
+    real = fluency.token_losses
+
+    def losses(model, written):
+        read.append(model)
+        return real(model, written)
+
+    monkeypatch.setattr(fluency, "token_losses", losses)
+    config = CONFIG.model_copy(update={"fluency_model": "toy:seed=1"})
+    evaluate = SteeringEvaluator(config, SITE, load=lambda source, device: other)
+    rows = list(evaluate(make_dictionary(toy_model, 0), store, toy_model))
+    assert read
+    assert all(model is other for model in read)
+    named = {row.encoder for row in rows if row.name == "steering_fluency(glad)"}
+    assert named == {f"fluency({other.name})"}
+    with pytest.raises(ConfigError, match="no way to load"):
+        list(SteeringEvaluator(config, SITE)(make_dictionary(toy_model, 0), store, toy_model))
 
 
 def test_controls_are_like_the_latent_that_was_chosen(toy_model, store, monkeypatch):

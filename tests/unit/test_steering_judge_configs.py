@@ -139,6 +139,8 @@ def test_results_know_the_models_and_the_lists_that_judge(tmp_path):
     }
     inputs = api.evaluation_inputs(["steering"], {"steering": asked}, torch.device("cpu"))
     assert inputs["readers"] == {"toy:seed=1": load_model("toy:seed=1").fingerprint}
+    read = SteeringConfig(fluency_model="toy:seed=2")
+    assert set(judge_inputs([asked, read], identify)["readers"]) == {"toy:seed=1", "toy:seed=2"}
     plain = api.evaluation_inputs(["signs"], {"signs": SteeringConfig()}, torch.device("cpu"))
     assert set(plain) == {"evals"}
 
@@ -147,7 +149,6 @@ def test_another_model_is_loaded_by_whoever_can(toy_model):
     other = load_model("toy:seed=1")
     made = ("steering", SteeringConfig(), None, lambda *_: None)
     prepared = Prepared(*made, lambda source, device: other)
-    assert prepared._reader("toy:seed=1", toy_model) is other
-    assert prepared._reader(None, toy_model) is toy_model
+    assert prepared._loaded("toy:seed=1", toy_model) is other
     with pytest.raises(ConfigError, match="no way to load"):
-        Prepared(*made)._reader("toy:seed=1", toy_model)
+        Prepared(*made)._loaded("toy:seed=1", toy_model)

@@ -10,7 +10,7 @@ from saelab.steering.trial import Response
 
 
 def rows_with(validation: Validation) -> Rows:
-    return Rows("glad", validation, 8, "steering", 1, 20, 0)
+    return Rows("glad", validation, 8, "steering", 1, 20, 0, "fluency(other)")
 
 
 def test_an_area_that_does_not_exist_has_no_row_and_marks_the_others():
@@ -35,7 +35,8 @@ def test_rows_count_the_prompts_that_were_answered():
     lift = found["steering_lift(glad)"]
     assert (lift.value, lift.n, lift.standard_error) == (0.75, 1, 0.0)
     assert lift.replicates.isnan().any()
-    assert found["steering_fluency(glad)"].n == 8
+    fluency = found["steering_fluency(glad)"]
+    assert (fluency.n, fluency.encoder, lift.encoder) == (8, "fluency(other)", "some")
     missing = found["steering_missing(glad)"]
     assert (missing.value, missing.unit, missing.n) == (7 / 8, "share", 8)
 
