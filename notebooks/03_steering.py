@@ -50,8 +50,9 @@ pd.DataFrame([{"stage": s.stage, "status": s.status, "folder": s.path.name} for 
 # the latent, without the sentences that both hold.
 
 # %%
+from saelab.steering.judge_configs import NgramsConfig
 from saelab.steering.judges import LexiconJudge, NgramJudge
-from saelab.steering.judging import JudgeConfig, read_corpus
+from saelab.steering.judging import read_corpus
 
 if SIZE == "toy":
     words = ("boat", "rope", "tide", "anchor", "gull", "sail", "crane", "wave")
@@ -59,7 +60,7 @@ if SIZE == "toy":
 else:
     store = saelab.open_store(made["store"])
     known = [store.document(number).text for number in range(store.n_documents)]
-    rated = read_corpus(JudgeConfig(source="rated-sentences", label_field="sentiment"), known)
+    rated = read_corpus(NgramsConfig(source="rated-sentences", label_field="sentiment"), known)
     positive = torch.tensor([label == "positive" for label in rated.labels])
     judge = NgramJudge(rated.texts, positive, corpus="rated-sentences")
 TEXTS = ["A lovely, funny film.", "Dull from start to end.", "The boat and its sail were wet."]
@@ -108,7 +109,7 @@ rows = [
     {
         "arm": one.arm, "dose": one.target, "lift": one.lift, "fluency": one.fluency,
         "score": one.score, "low": one.interval().low, "high": one.interval().high,
-        "reached": one.reached, "not monotone": one.non_monotone,
+        "reached": one.directions_reached, "not monotone": one.non_monotone,
         "KL after the prompt": one.kl_last_prompt, "shift of its tokens": one.target_shift,
     }
     for one in found.responses

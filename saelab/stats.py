@@ -155,6 +155,11 @@ def standard_error(replicates: Float[Tensor, " resamples"] | None) -> float | No
     return error if error > _ROUNDING * float(replicates.abs().max()) else 0.0
 
 
+def known(replicates: Float[Tensor, " resamples"]) -> Float[Tensor, " of_them"]:
+    """Return the resamples that have a value: one that draws nothing that was counted is NaN."""
+    return replicates[~replicates.isnan()]
+
+
 def over_documents(
     sums: Float[Tensor, "docs q"],
     statistic: Statistic,
@@ -194,10 +199,10 @@ class Difference:
 
     @classmethod
     def of(cls, value: float, replicates: Float[Tensor, " resamples"]) -> "Difference":
-        """Return a difference with its bootstrap interval."""
+        """Return a difference with its bootstrap interval, over the resamples that have a value."""
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        low, high = torch.quantile(replicates.double(), ends).tolist()
-        return cls(value, standard_error(replicates), low, high)
+        low, high = torch.nanquantile(replicates.double(), ends).tolist()
+        return cls(value, standard_error(known(replicates)), low, high)
 
 
 def paired_difference(

@@ -71,7 +71,10 @@ def curves_of(
         }
         dosed = [one for one in own if one.target is not None and one.matched]
         doses = tuple(one.target for one in own if one.target is not None)
-        shares = (tuple(one.reached for one in dosed), tuple(one.non_monotone for one in dosed))
+        shares = (
+            tuple(one.directions_reached for one in dosed),
+            tuple(one.non_monotone for one in dosed),
+        )
         found.append(DoseCurve(arm, arm in controls, doses, measures, *shares))
     return found
 

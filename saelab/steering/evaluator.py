@@ -8,6 +8,7 @@ are validated on held-out documents and on unsteered generations. Rows: docs/ste
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -18,10 +19,11 @@ from saelab.protocols import Dictionary, LabelledStore, LanguageModel, Store
 from saelab.stats import ResultRow
 from saelab.steering.baselines import N_RANDOM
 from saelab.steering.candidates import RULES, Candidate, concept_tokens
-from saelab.steering.judging import Judges, Panel
+from saelab.steering.judging import Lexicon, Panel
+from saelab.steering.lexicons import lexicon_rows
 from saelab.steering.neutral import Neutral, corpus_windows, windows_without
-from saelab.steering.prepared import Prepared
-from saelab.steering.rows import Rows
+from saelab.steering.prepared import Load, Prepared, Readers
+from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.side_effects import (
     ce_sums,
@@ -46,7 +48,7 @@ class Steered:
     responses: Sequence[Response]
     """Of the first candidate at every dose, then of the second, and so on."""
     selection: Selection | None
-    """None where no dose was reached."""
+    """None where no dose was reached, or the judge was silent."""
 
     @property
     def chosen(self) -> int:
@@ -94,6 +96,8 @@ class Ground:
     """Text that the concept has nothing to do with, where there is some."""
     others: Panel | None = None
     """Judges of the other labels; None where there is none but the opposite."""
+    lexicon: Lexicon | None = None
+    """A list of the concept's words, where there is one."""
     arms: dict[str, Steered] = field(default_factory=dict)
     """What no dictionary is needed for."""
     kept: list[ResultRow] = field(default_factory=list)
@@ -112,7 +116,7 @@ def steered(
 def ground_of(
     model: Steerable,
     scene: Scene,
-    judges: Judges,
+    readers: Readers,
     place: int,
     *,
     evaluator: str,
@@ -120,15 +124,20 @@ def ground_of(
 ) -> Ground:
     """Train and validate the judge of a concept, and let the unsteered model write."""
     config = scene.config
-    judge = judges.of(place)
-    validation = judges.validated(place, model, new_tokens=config.new_tokens, seed=config.seed)
+    judge = readers.judges.of(place)
+    validation = readers.judges.validated(
+        place, model, new_tokens=config.new_tokens, seed=config.seed
+    )
     trial = Trial(
-        model, config.prompts, judge, max_new_tokens=config.new_tokens, seed=config.seed,
+        model, config.prompts, judge,
+        fluency_model=readers.fluency, max_new_tokens=config.new_tokens, seed=config.seed,
         tokens=concept_tokens(model, scene.train.texts, scene.positive(place)),
     )  # fmt: skip
+    own = f"{model.name}, unsteered"
+    reader = own if readers.fluency is None else readers.fluency.name
     rows = Rows(
         scene.labelled.classes[place], validation, int(reported_half(len(config.prompts)).sum()),
-        evaluator, version, config.resamples, config.seed,
+        evaluator, version, config.resamples, config.seed, f"fluency({reader})",
     )  # fmt: skip
     return Ground(trial, rows)
 
@@ -157,10 +166,17 @@ class SteeringEvaluator:
     name = "steering"
     version = 3
 
-    def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
-        """Steer at `site`; by default the store's only one."""
+    def __init__(
+        self,
+        config: SteeringConfig | None = None,
+        site: str | None = None,
+        *,
+        load: Load | None = None,
+    ) -> None:
+        """Steer at `site`; by default the store's only one. `load` is for configurations that name
+        other models."""
         self.config = config or SteeringConfig()
-        self._prepared = Prepared(self.name, self.config, site, self._ground)
+        self._prepared = Prepared(self.name, self.config, site, self._ground, load)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
@@ -169,28 +185,37 @@ class SteeringEvaluator:
 
         Raises ConfigError without a model that can be steered, without two frequent labels, or for
         a concept that the judge's corpus does not know. An arm that reaches no dose has no other
-        row than that.
+        row than that; one that nobody judges says so.
         """
         for steerable, scene, place, ground in self._prepared.concepts(dictionary, store, model):
-            yield from self._concept(steerable, scene, ground, place)
+            yield from valued(self._concept(steerable, scene, ground, place))
 
     def _ground(
-        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
+        self, model: Steerable, store: Store, scene: Scene, readers: Readers, place: int
     ) -> Ground:
         """Steer by what no dictionary is needed for."""
-        ground = ground_of(model, scene, judges, place, evaluator=self.name, version=self.version)
-        others = judges.of_others(
-            scene.others(place), model, new_tokens=self.config.new_tokens, seed=self.config.seed
+        ground = ground_of(model, scene, readers, place, evaluator=self.name, version=self.version)
+        judges = readers.judges
+        how = {"new_tokens": self.config.new_tokens, "seed": self.config.seed}
+        ground = replace(
+            ground,
+            others=judges.of_others(scene.others(place), model, **how),
+            lexicon=judges.lexicon(place, model, **how),
+            neutral=neutral_text(model, store, scene, place),
         )
-        neutral = neutral_text(model, store, scene, place)
-        ground = replace(ground, others=others, neutral=neutral)
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
-        instruction = self.config.instruction.replace("{label}", scene.labelled.classes[place])
-        told = [ground.trial.prompted(instruction)]
-        ground.arms[PROMPT] = Steered([], told, select(told))
+        told = [
+            ground.trial.prompted(one.replace("{label}", judges.called(place)))
+            for one in self.config.instructions
+        ]
+        prompt = Steered([], told, select(told))
+        ground.arms[PROMPT] = prompt
         for name, found in ground.arms.items():
             ground.kept.extend(self._arm(model, ground, name, found))
+        if prompt.selection is not None:
+            place_told = float(prompt.selection.chosen)
+            ground.kept.append(ground.rows.row("steering_instruction", place_told, "id", PROMPT))
         return ground
 
     # ------------------------------------------------------------------------------------ rows
@@ -207,6 +232,8 @@ class SteeringEvaluator:
             if matched is not None:
                 arms[MATCHED] = steered(scene, trial, MATCHED, [matched])
         yield from rows.judge()
+        if ground.lexicon is not None and not ground.lexicon.is_chosen:
+            yield from rows.read_by(ground.lexicon.validation).judge("lexicon")
         for name, found in arms.items():
             yield from self._arm(model, ground, name, found)
         yield from ground.kept
@@ -254,12 +281,19 @@ class SteeringEvaluator:
     ) -> Iterator[ResultRow]:
         """Yield an arm's scores, its curve and its side effects."""
         rows, chosen = ground.rows, found.selection
-        reached = 0.0 if chosen is None else chosen.n_reached / chosen.n_candidates
-        yield rows.row("steering_reached", reached, "share", name)
+        reached = [one for one in found.responses if one.reached]
+        yield rows.row("steering_reached", len(reached) / len(found.responses), "share", name)
         yield from rows.by_dose(name, found.curve)
         if chosen is None:
+            missing = sum(one.missing for one in reached) / len(reached) if reached else math.nan
+            yield rows.row("steering_missing", missing, "share", name)
             return
         yield from rows.chosen(name, chosen.reported, chosen.n_candidates)
+        if ground.lexicon is not None:
+            arm = found.candidates[found.chosen] if found.candidates else None
+            yield from lexicon_rows(
+                rows, model, ground.trial, ground.lexicon, name, arm, chosen.reported
+            )
         if ground.others is not None:
             sums = others_sums(ground.others.judges, chosen.reported, ground.trial)
             sums = sums[:, reported_half(sums.shape[1])]

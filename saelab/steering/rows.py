@@ -1,19 +1,24 @@
 """Result rows of a steered concept: each with its resamples over prompts, or over windows."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.stats import ResultRow, Statistic, crossed_bootstrap, standard_error
+from saelab.stats import ResultRow, Statistic, crossed_bootstrap, known, standard_error
 from saelab.steering.candidates import Candidate
 from saelab.steering.judges import Validation
 from saelab.steering.trial import Measure, Response
 
 UNITS: dict[Measure, str] = {"score": "score", "lift": "judge", "fluency": "share"}
+
+
+def valued(rows: Iterable[ResultRow]) -> Iterator[ResultRow]:
+    """Yield the rows that have a value: what a judge gave no answer for is no row."""
+    return (row for row in rows if math.isfinite(row.value))
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Rows:
     version: int
     resamples: int
     seed: int
+    reader: str
+    """Which model's loss says what is fluent, as rows of fluency name it."""
 
     def row(
         self,
@@ -38,12 +45,17 @@ class Rows:
         replicates: Float[Tensor, " resamples"] | None = None,
         *,
         n: int | None = None,
+        encoder: str | None = None,
     ) -> ResultRow:
-        """Return a row; `n` is the number of prompts where nothing is said."""
+        """Return a row; `n` is the number of prompts and `encoder` the judge where nothing is said.
+
+        Its error is over the resamples that have a value.
+        """
         judge = self.validation.judge + ("" if self.validation.validated else ", unvalidated")
+        error = None if replicates is None else standard_error(known(replicates))
         return ResultRow(
             f"{name}({self.label})", value, unit, self.n if n is None else n,
-            standard_error(replicates), self.version, arm, judge, self.evaluator, replicates,
+            error, self.version, arm, encoder or judge, self.evaluator, replicates,
         )  # fmt: skip
 
     def read_by(self, validation: Validation) -> "Rows":
@@ -63,23 +75,30 @@ class Rows:
         drawn = crossed_bootstrap(sums, statistic, resamples=self.resamples, seed=self.seed)
         return self.row(name, value, unit, arm, drawn, n=sums.shape[1])
 
-    def judge(self) -> Iterator[ResultRow]:
-        """Yield how well the judge tells texts apart that no edit has touched, where it does."""
+    def judge(self, name: str = "judge") -> Iterator[ResultRow]:
+        """Yield how well the judge tells texts apart that no edit has touched."""
         for side in ("heldout_auroc", "generated_auroc", "own_auroc"):
             value = getattr(self.validation, side)
-            if value is not None and math.isfinite(value):
-                yield self.row(f"steering_judge_{side}", value, "AUC", "judge")
+            if value is not None:
+                yield self.row(f"steering_{name}_{side}", value, "AUC", "judge")
 
     def response(self, arm: str, response: Response, suffix: str = "") -> Iterator[ResultRow]:
-        """Yield score, lift and fluency."""
+        """Yield score and lift, of the prompts that the judge answered for, and fluency, of all."""
         for measure, unit in UNITS.items():
             drawn = response.replicates(measure, resamples=self.resamples, seed=self.seed)
             value = getattr(response, measure)
-            yield self.row(f"steering_{measure}{suffix}", value, unit, arm, drawn)
+            judged = measure != "fluency"
+            yield self.row(
+                f"steering_{measure}{suffix}", value, unit, arm, drawn,
+                n=response.n_answered if judged else None,
+                encoder=None if judged else self.reader,
+            )  # fmt: skip
 
     def chosen(self, arm: str, response: Response, n_candidates: int) -> Iterator[ResultRow]:
-        """Yield what the chosen response did, at which dose, and among how many."""
+        """Yield what the chosen response did, at which dose, among how many, and how much of it the
+        judge gave no answer for."""
         yield from self.response(arm, response)
+        yield self.row("steering_missing", response.missing, "share", arm)
         numbers = {
             "dose": (response.target, "nats"),
             "candidates": (float(n_candidates), "responses"),
@@ -111,7 +130,7 @@ class Rows:
         as the strength grows, over responses at one dose."""
         n = sum(len(one.matched) for one in responses)
         shares = {
-            "directions_reached": sum(one.reached for one in responses) / len(responses),
+            "directions_reached": sum(one.directions_reached for one in responses) / len(responses),
             "non_monotone": sum(one.non_monotone for one in responses) / len(responses),
         }
         for name, share in shares.items():
@@ -139,5 +158,8 @@ class Rows:
         drawn = [
             one.replicates(resamples=self.resamples, seed=self.seed) for one in (first, second)
         ]
-        value = first.score - second.score
-        return self.row(f"steering_score_over({other})", value, "score", arm, torch.sub(*drawn))
+        value, both = first.score - second.score, (first.sums[:, 2] > 0) & (second.sums[:, 2] > 0)
+        return self.row(
+            f"steering_score_over({other})", value, "score", arm, torch.sub(*drawn),
+            n=int(both.sum()),
+        )  # fmt: skip

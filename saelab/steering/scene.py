@@ -26,7 +26,7 @@ from saelab.steering.candidates import (
     by_logit_effect,
     concept_tokens,
 )
-from saelab.steering.judging import JudgeConfig
+from saelab.steering.judge_configs import JudgeConfig, NgramsConfig
 from saelab.steering.neutral import NeutralConfig
 from saelab.steering.trial import EditAt, adding
 
@@ -51,16 +51,22 @@ class SteeringConfig(Config):
     opposites: tuple[tuple[str, str], ...] = ()
     """Pairs of labels that are each other's opposite: steering by one, the other is no side effect.
     Of two labels each is the other's."""
-    judge: JudgeConfig | None = None
-    """Another labelled corpus, on which judges learn; by default one half of the held-out
-    documents."""
+    judge: JudgeConfig = NgramsConfig()
+    """Who says how much of a concept a text holds; by default a classifier of n-grams that learns
+    from one half of the held-out documents."""
+    fluency_model: str | None = None
+    """Another model whose loss says what is fluent, named as in `model.source`; by default the
+    steered model itself, unsteered."""
     neutral: NeutralConfig | None = None
     """Another corpus, on which `steering_ce_change` is measured; by default held-out documents with
     neither the concept's label nor its opposite's, and none where all have one."""
     prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
     """Beginnings that are continued; half of them choose, the others are reported."""
-    instruction: str = "The following text is about {label}."
-    """What the prompt arm puts before each beginning; `{label}` stands for the label."""
+    instruction: str | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "The following text is about {label}."
+    )
+    """What the prompt arm puts before each beginning; of several, the best on one half of the
+    beginnings. `{label}` stands for the label, as the judge calls it."""
     doses: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.4, 0.8)
     """Mean KL(clean ‖ steered) in nats to steer at."""
     new_tokens: PositiveInt = 32
@@ -77,6 +83,11 @@ class SteeringConfig(Config):
     """Bootstrap resamples behind each interval."""
     seed: int = 0
     """Of the random directions, of sampling and of the bootstrap."""
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The instructions, as a tuple also where there is one."""
+        return (self.instruction,) if isinstance(self.instruction, str) else self.instruction
 
 
 @dataclass(frozen=True)

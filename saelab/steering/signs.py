@@ -24,9 +24,8 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, bootstrap, bootstrap_weights, weighted_auc
 from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
-from saelab.steering.judging import Judges
-from saelab.steering.prepared import Prepared
-from saelab.steering.rows import Rows
+from saelab.steering.prepared import Load, Prepared, Readers
+from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.trial import EditAt, Response, Trial, reported_half
@@ -93,10 +92,17 @@ class SignsEvaluator:
     name = "signs"
     version = 2
 
-    def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
-        """Steer at `site`; by default the store's only one."""
+    def __init__(
+        self,
+        config: SteeringConfig | None = None,
+        site: str | None = None,
+        *,
+        load: Load | None = None,
+    ) -> None:
+        """Steer at `site`; by default the store's only one. `load` is for configurations that name
+        other models."""
         self.config = config or SteeringConfig()
-        self._prepared = Prepared(self.name, self.config, site, self._ground)
+        self._prepared = Prepared(self.name, self.config, site, self._ground, load)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
@@ -107,14 +113,14 @@ class SignsEvaluator:
             candidates = scene.candidates(steerable, place)
             own = [edit_at for arm in scene.own_arms(candidates) for edit_at in arm]
             arms = {OWN: pairs_of(scene, ground.trial, own), **shared}
-            yield from ground.rows.judge()
-            yield from self._steered(ground.rows, arms)
+            yield from valued(ground.rows.judge())
+            yield from valued(self._steered(ground.rows, arms))
             yield from self._unsteered(ground.rows, scene, store, place)
 
     def _ground(
-        self, model: Steerable, _: Store, scene: Scene, judges: Judges, place: int
+        self, model: Steerable, _: Store, scene: Scene, readers: Readers, place: int
     ) -> tuple[Ground, dict[str, list[Pair]]]:
-        ground = ground_of(model, scene, judges, place, evaluator=self.name, version=self.version)
+        ground = ground_of(model, scene, readers, place, evaluator=self.name, version=self.version)
         n = 2 * self.config.candidates
         directions = {
             "mean_difference": baselines.supervised(
@@ -137,7 +143,9 @@ class SignsEvaluator:
             for side, response in (("up", pair.up), ("down", pair.down)):
                 own = response.where(reported_half(len(response.sums)))
                 yield rows.row(f"signs_{side}", own.lift, "judge", name)
-                yield rows.row(f"signs_fluency_{side}", own.fluency, "share", name)
+                yield rows.row(
+                    f"signs_fluency_{side}", own.fluency, "share", name, encoder=rows.reader
+                )
             assert pair.up.target is not None
             yield rows.row("signs_dose", pair.up.target, "nats", name)
         yield from self._compared(rows, found)

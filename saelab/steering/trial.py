@@ -127,7 +127,7 @@ class Response:
         return float(_score(self._totals))
 
     @property
-    def reached(self) -> float:
+    def directions_reached(self) -> float:
         """Share of the directions that reach the dose; NaN for a prompt."""
         return _share([one.strength is not None for one in self.matched])
 
@@ -143,6 +143,21 @@ class Response:
         None where it was not measured, or for a prompt."""
         known = [one.target_shift for one in self.matched if one.target_shift is not None]
         return sum(known) / len(known) if known else None
+
+    @property
+    def reached(self) -> bool:
+        """Whether any direction reached the dose, and wrote."""
+        return bool(self._totals[0, 4] > 0)
+
+    @property
+    def n_answered(self) -> int:
+        """Prompts on which the judge answered, steered and unsteered."""
+        return int((self.sums[:, 2] > 0).sum())
+
+    @property
+    def missing(self) -> float:
+        """Share of what was written for which there is no such answer; NaN where nothing was."""
+        return float(1 - self._totals[0, 2] / self._totals[0, 4])
 
     def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
         """Return what was done on some of the prompts; texts and doses are those of all."""
@@ -188,8 +203,6 @@ class Selection:
     oracle: Response
     """The best of that other half itself: what better choosing could have gained."""
     n_candidates: int
-    n_reached: int
-    """Candidates that reached their dose; the others have no score and are never chosen."""
 
 
 def reported_half(n_prompts: int) -> Bool[Tensor, " prompts"]:
@@ -200,7 +213,8 @@ def reported_half(n_prompts: int) -> Bool[Tensor, " prompts"]:
 def select(candidates: Sequence[Response]) -> Selection | None:
     """Return the response with the best score on every other prompt, scored on the rest.
 
-    None where none of them reached its dose. Raises ConfigError without a response.
+    None where none has a score there: none reached its dose, or the judge answered for none. Raises
+    ConfigError without a response.
     """
     if not candidates:
         raise ConfigError("there is no response to choose from; give `select` one or more")
@@ -209,11 +223,10 @@ def select(candidates: Sequence[Response]) -> Selection | None:
     first, second = (
         torch.tensor([one.score for one in half]).nan_to_num(-torch.inf) for half in halves
     )
-    chosen, best = int(first.argmax()), int(second.argmax())
-    n_reached = int((first.isfinite() & second.isfinite()).sum())
-    if not n_reached:
+    if not bool(first.isfinite().any()):
         return None
-    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates), n_reached)
+    chosen, best = int(first.argmax()), int(second.argmax())
+    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates))
 
 
 @final

@@ -85,7 +85,9 @@ def test_arms_are_told_apart_when_colours_run_out():
 
 
 def rows_of(lift: float):
-    rows = Rows("glad", Validation("some", 0.9, 0.7, 0.95), 4, "steering", 2, 200, 0)
+    rows = Rows(
+        "glad", Validation("some", 0.9, 0.7, 0.95), 4, "steering", 2, 200, 0, "fluency(toy)"
+    )
     yield from rows.judge()
     for arm, responses in arms(lift).items():
         yield rows.row("steering_reached", 1.0, "share", arm)

@@ -1,18 +1,20 @@
 """The steering evaluator on the toy: a planted handle is found and beats what it should."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direction
 
 from saelab.errors import ConfigError
+from saelab.models import load_model
 from saelab.steering import evaluator as module
-from saelab.steering import scene
+from saelab.steering import fluency, scene
 from saelab.steering.candidates import Candidate
 from saelab.steering.evaluator import SteeringConfig, SteeringEvaluator
 from saelab.steering.neutral import NeutralConfig
-from saelab.steering.sweep import Matched
+from saelab.steering.sweep import Continuations, Matched
 from saelab.steering.trial import Response, Trial
 
 NO_DOSE = {"oracle", "prompt"}
@@ -85,7 +87,8 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, neut
     assert not [name for name, _ in found if "others_change" in name]
     for row in rows:
         on_neutral = row.name.startswith("steering_ce_change")
-        assert row.encoder.startswith(neutral.source if on_neutral else "ngrams(held-out half)")
+        reader = "fluency(toy, unsteered)" if "fluency" in row.name else "ngrams(held-out half)"
+        assert row.encoder.startswith(neutral.source if on_neutral else reader)
         assert row.evaluator == "steering"
         if "directions_reached" not in row.name and "non_monotone" not in row.name:
             assert row.n == (5 if on_neutral else 8)
@@ -106,6 +109,17 @@ def test_a_handle_is_found_and_stands_beside_its_controls(toy_model, store, neut
     again = list(evaluate(make_dictionary(toy_model, 1), store, toy_model))
     shared = {row.name: row for row in again if row.arm == "isotropic"}
     assert all(found[name, "isotropic"] == row for name, row in shared.items())
+
+
+def test_an_arm_that_nobody_judges_has_reached_its_dose(toy_model, store, monkeypatch):
+    written = Continuations(("the",), ("of",))
+    sums = torch.ones(16, 5, dtype=torch.float64)
+    sums[:, :3] = 0
+    silent = Response("any", 1.5, (), None, "none", sums, (written,))
+    monkeypatch.setattr(Trial, "responses", lambda _, arms, *__, **___: len(arms) * [silent])
+    rows = list(SteeringEvaluator(CONFIG, SITE)(make_dictionary(toy_model, 0), store, toy_model))
+    own = {row.name: row.value for row in rows if row.arm == "dictionary"}
+    assert own == {"steering_reached(glad)": 1.0, "steering_missing(glad)": 1.0}
 
 
 def test_side_effects_are_on_labels_that_are_not_the_opposite(toy_model, tmp_path, monkeypatch):
@@ -159,6 +173,60 @@ def test_an_arm_that_reaches_no_dose_says_so_and_nothing_else(toy_model, store, 
     assert shares["dictionary", reached] == (0, 2)  # of two candidates
     assert shares["isotropic", reached] == (0, 1)
     assert shares["isotropic", "steering_non_monotone[dose=1.5](glad)"] == (1, 1)
+
+
+def test_instructions_say_the_judges_word_and_the_best_is_chosen(toy_model, store, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    told: list[str] = []
+    real = Trial.prompted
+
+    def prompted(trial, instruction):
+        told.append(instruction)
+        found = real(trial, instruction)
+        return replace(found, sums=found.sums + torch.tensor([float(len(told)), 0, 0, 0, 0]))
+
+    monkeypatch.setattr(Trial, "prompted", prompted)
+    lines = [f"{label},{word} {n}" for label, word in (("fine", "great"), ("no", "old")) for n in
+             "1234"]  # fmt: skip
+    path = store.path / ".." / "fine.csv"
+    path.write_text("\n".join(["label,text", *lines]) + "\n")
+    judge = {"source": str(path), "label_field": "label", "labels": {"glad": "fine"}}
+    config = SteeringConfig.parse(
+        CONFIG.plain() | {"judge": judge, "instruction": ["{label}, {label}!", "Be {label}."]}
+    )
+    dictionary = make_dictionary(toy_model, 0)
+    rows = {
+        row.name: row.value
+        for row in SteeringEvaluator(config, SITE)(dictionary, store, toy_model)
+        if row.arm == "prompt"
+    }
+    assert told == ["fine, fine!", "Be fine."]
+    assert rows["steering_candidates(glad)"] == 2
+    assert rows["steering_instruction(glad)"] == 1
+    assert SteeringConfig(instruction="one").instructions == ("one",)
+    with pytest.raises(ConfigError, match="instruction"):
+        SteeringConfig.parse({"instruction": []})
+
+
+def test_another_model_reads_fluency_and_is_named(toy_model, store, monkeypatch):
+    monkeypatch.setattr(module, "N_RANDOM", 2)
+    other, read = load_model("toy:seed=1"), []
+    real = fluency.token_losses
+
+    def losses(model, written):
+        read.append(model)
+        return real(model, written)
+
+    monkeypatch.setattr(fluency, "token_losses", losses)
+    config = CONFIG.model_copy(update={"fluency_model": "toy:seed=1"})
+    evaluate = SteeringEvaluator(config, SITE, load=lambda source, device: other)
+    rows = list(evaluate(make_dictionary(toy_model, 0), store, toy_model))
+    assert read
+    assert all(model is other for model in read)
+    named = {row.encoder for row in rows if row.name == "steering_fluency(glad)"}
+    assert named == {f"fluency({other.name})"}
+    with pytest.raises(ConfigError, match="no way to load"):
+        list(SteeringEvaluator(config, SITE)(make_dictionary(toy_model, 0), store, toy_model))
 
 
 def test_controls_are_like_the_latent_that_was_chosen(toy_model, store, monkeypatch):

@@ -1,5 +1,6 @@
 """Judges on text alone, what they do without an answer, and fluency at both of its ends."""
 
+import http.client
 import json
 import math
 
@@ -58,6 +59,20 @@ def test_a_models_odds_are_those_of_its_logits(toy_model):
         ModelJudge(toy_model, "{text}", yes="zz", no="zx")
 
 
+def test_a_text_that_is_too_long_for_the_model_is_cut_and_the_question_is_not(toy_model):
+    judge = ModelJudge(toy_model, "{text} is that", yes=" good", no=" old")
+    long = "the people of this state " * 200
+    whole = len(toy_model.tokenize([f"{long} is that"])[0])
+    assert whole > toy_model.context
+    n_asked = len(toy_model.tokenize([" is that"])[0])
+    fits = long[: int(toy_model.tokenize([long])[0].end[toy_model.context - n_asked - 5])]
+    ids = toy_model.tokenize([f"{fits} is that"])[0].ids
+    assert toy_model.context - 5 <= len(ids) <= toy_model.context
+    good, old = (int(run.ids[0]) for run in toy_model.tokenize([" good", " old"]))
+    chances = toy_model.logits(ids[None])[0, -1][[good, old]].softmax(-1)
+    assert float(judge([long])) == pytest.approx(float(chances[0]), abs=1e-5)
+
+
 def make_url_judge(answers):
     pauses, requests = [], []
 
@@ -76,7 +91,8 @@ def make_url_judge(answers):
 
 
 def test_a_server_is_asked_again_and_then_the_text_is_missing():
-    answers = ["2", OSError("down"), "Score: 1.", "no idea", "10", OSError("down"), "0"]
+    cut = http.client.IncompleteRead(b"{", 99)
+    answers = ["2", OSError("down"), "Score: 1.", "no idea", "10", cut, "0"]
     judge, pauses, requests = make_url_judge(answers)
     scores = judge(["a", "b", "c", "d"])
     torch.testing.assert_close(scores, torch.tensor([1.0, 0.5, float("nan"), 0.0]), equal_nan=True)

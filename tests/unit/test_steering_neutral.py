@@ -5,6 +5,7 @@ import torch
 from steering_toys import OWN, SITE, dictionary_with, labelled_store
 
 from saelab.edits import Directions, Handle, add, steer
+from saelab.models import load_model
 from saelab.steering.judges import LexiconJudge
 from saelab.steering.kinds import judge_inputs
 from saelab.steering.neutral import (
@@ -67,10 +68,10 @@ def test_another_corpus_is_cut_and_masked_as_a_harvest_does(toy_model, config):
 def test_results_know_the_content_that_side_effects_are_read_on(config):
     settings = SteeringConfig(neutral=config)
     assert hash(settings) == hash(SteeringConfig.parse(settings.plain()))
-    before = judge_inputs([settings])["neutral"][config.source]
+    before = judge_inputs([settings], load_model)["neutral"][config.source]
     with open(config.source, "a") as file:
         file.write("more of it\n")
-    assert judge_inputs([settings])["neutral"][config.source] != before
+    assert judge_inputs([settings], load_model)["neutral"][config.source] != before
 
 
 def test_the_change_of_cross_entropy_is_that_of_each_window_alone(toy_model, store, handle):

@@ -9,7 +9,7 @@ from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direc
 
 from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
-from saelab.steering import signs
+from saelab.steering import scene, signs
 from saelab.steering.evaluator import OWN as OWN_ARM
 from saelab.steering.judges import Validation
 from saelab.steering.rows import Rows
@@ -66,7 +66,7 @@ def test_differences_are_at_equal_doses_too():
         "random": [pair(0.1, 0.3), pair(0.4, 0.05), pair(0.4, math.nan)],
     }
     config = CONFIG.model_copy(update={"doses": (0.1, 0.4)})
-    rows = Rows("glad", Validation("some", 0.9, 0.9), 8, "signs", 2, 20, 0)
+    rows = Rows("glad", Validation("some", 0.9, 0.9), 8, "signs", 2, 20, 0, "fluency(some)")
     found = {(row.name, row.arm): row.value for row in SignsEvaluator(config)._steered(rows, arms)}
     lead = "signs_least_over(random)"
     assert found[f"{lead}(glad)", OWN_ARM] == pytest.approx(0.2 - 0.3)  # each at its best dose
@@ -111,7 +111,10 @@ CONFIG = SteeringConfig(
 )  # fmt: skip
 
 
-def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path):
+def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path, monkeypatch):
+    # of the toy's twenty most typical tokens only these are words of the label
+    words = [int(run.ids[0]) for run in toy_model.tokenize([f" {word}" for word in OWN["glad"]])]
+    monkeypatch.setattr(scene, "concept_tokens", lambda *_: words)
     store = labelled_store(tmp_path, toy_model)
     between = word_direction(toy_model, OWN["glad"]) - word_direction(toy_model, OWN["slow"])
     evaluate = SignsEvaluator(CONFIG, SITE)

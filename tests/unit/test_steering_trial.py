@@ -1,6 +1,7 @@
 """Arms in one trial: the concept that a direction writes is found, and nothing else is."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,64 @@ def test_a_dose_out_of_reach_has_no_score(trial, towards):
     assert found.kl_last_prompt is None
 
 
+class SilentJudge:
+    """Counts two words, but answers for no text of some kinds."""
+
+    name = "sometimes silent"
+
+    def __init__(self, silent) -> None:
+        self._silent = silent
+
+    def __call__(self, texts):
+        scores = LexiconJudge({"good": [], "great": []}, source="two words")(texts)
+        gone = torch.tensor([self._silent(text) for text in texts])
+        return torch.where(gone, math.nan, scores)
+
+
+def test_what_a_judge_does_not_answer_is_missing_and_not_zero(toy_model, towards, trial):
+    (whole,) = trial.responses({"concept": adding(towards, [0])}, [3.0], largest=200.0)
+    texts = whole.written[0].texts
+    mute = set(texts[:3])
+    partly = Trial(
+        toy_model, PROMPTS, SilentJudge(lambda text: text in mute), max_new_tokens=3, samples=2
+    )
+    (found,) = partly.responses({"concept": adding(towards, [0])}, [3.0], largest=200.0)
+    assert found.written[0].texts == texts
+    heard = torch.tensor([text not in mute for text in texts])
+    assert found.sums[:, 2].bool().tolist() == heard.tolist()
+    assert found.n_answered == int(heard.sum()) < 8
+    assert found.missing == pytest.approx(1 - float(heard.double().mean()))
+    scores = trial._judge(texts).double()
+    assert found.lift == pytest.approx(float((scores - partly.unsteered)[heard].mean()))
+    # prompts without an answer count in fluency, as it needs no judge
+    assert found.fluency == whole.fluency
+    assert (whole.n_answered, whole.missing) == (8, 0.0)
+
+
+def test_a_silent_judge_leaves_a_dose_that_was_reached(toy_model, towards):
+    silent = Trial(toy_model, PROMPTS, SilentJudge(lambda _: True), max_new_tokens=3, samples=2)
+    responses = list(silent.responses({"concept": adding(towards, [0])}, [3.0], largest=200.0))
+    found = responses[0]
+    assert (found.n_answered, found.missing) == (0, 1.0)
+    assert math.isnan(found.lift)
+    assert 0 <= found.fluency <= 1
+    assert found.reached
+    assert select(responses) is None
+
+
+def test_a_resample_without_an_answer_is_left_out_of_the_interval():
+    one = response(4 * [0.5], 4 * [1.0])
+    sums = one.sums.clone()
+    sums[1:, 0], sums[1:, 2] = 0.0, 0.0
+    rare = replace(one, sums=sums)
+    drawn = rare.replicates("lift", resamples=50)
+    assert drawn.isnan().any()
+    assert not drawn.isnan().all()
+    interval = rare.interval("lift", resamples=50)
+    assert (interval.low, interval.high, interval.standard_error) == (0.5, 0.5, 0.0)
+    assert math.isfinite(rare.over(one, resamples=50).low)
+
+
 def test_a_prompt_is_an_arm_without_a_dose(trial):
     found = trial.prompted("say that all is good")
     assert found.target is None
@@ -149,12 +208,12 @@ def response(scores: list[float], fluent: list[float]) -> Response:
 def test_the_best_is_chosen_on_one_half_and_reported_on_the_other():
     good_then_bad = response([1.0, 0.2, 1.0, 0.2], 4 * [1.0])
     steady = response(4 * [0.5], 4 * [1.0])
-    unreached = response(4 * [math.nan], 4 * [math.nan])
+    unreached = replace(steady, sums=torch.full((4, 5), math.nan, dtype=torch.float64))
     found = select([unreached, steady, good_then_bad])
     assert (found.chosen, found.n_candidates) == (2, 3)
     assert found.reported.lift == pytest.approx(0.2)
     assert found.oracle.lift == pytest.approx(0.5)
-    assert found.n_reached == 2
+    assert [one.reached for one in (steady, unreached)] == [True, False]
     assert select([unreached]) is None
     with pytest.raises(ConfigError, match="no response"):
         select([])
