@@ -93,10 +93,8 @@ class ModelJudgeConfig(_JudgeConfig):
     question: str = "Text: {text}\nIs this text {label}? Answer yes or no.\nAnswer:"
     """What it is asked; `{text}` stands for the text, `{label}` for what the judge calls the
     concept."""
-    yes: str = " yes"
-    """The answer that says that the concept is there."""
-    no: str = " no"
-    """The other answer."""
+    answers: tuple[str, str] = (" yes", " no")
+    """How the answer begins that says that the concept is there, and how the other does."""
 
     _question = field_validator("question")(_asks)
 

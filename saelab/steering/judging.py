@@ -232,7 +232,8 @@ class Judges:
         if isinstance(config, ModelJudgeConfig):
             assert self._asked is not None  # whoever makes judges has the model
             question = config.question.replace("{label}", name)
-            return ModelJudge(self._asked, question, yes=config.yes, no=config.no)
+            yes, no = config.answers
+            return ModelJudge(self._asked, question, yes=yes, no=no)
         return self._of_half(place) if self._corpus is None else self._of_corpus(place)
 
     def _of_half(self, place: int) -> NgramJudge:

@@ -82,7 +82,7 @@ def test_a_lexicon_counts_the_ratings_or_the_words_that_it_is_given(tmp_path):
 
 def test_a_model_and_a_server_are_asked_about_the_concept(toy_model, monkeypatch):
     asked = config_of(
-        kind="model", question="{text} Is it {label}?", yes=" good", no=" old",
+        kind="model", question="{text} Is it {label}?", answers=[" good", " old"],
         labels={"glad": "happy"},
     )  # fmt: skip
     judge = Judges(labelled(), asked, [], toy_model).of(0)
@@ -103,7 +103,7 @@ def test_every_kind_is_validated_on_text_that_it_has_not_seen(toy_model):
     lexicon = Judges(labelled(), config_of(kind="lexicon", words=words), [])
     found = lexicon.validated(0, toy_model, new_tokens=2, seed=0)
     assert (found.judge, found.heldout_auroc) == ("lexicon(words of glad)", 1.0)
-    asked = config_of(kind="model", yes=" good", no=" old")
+    asked = config_of(kind="model", answers=[" good", " old"])
     model = Judges(labelled(), asked, [], toy_model)
     assert 0 <= model.validated(0, toy_model, new_tokens=2, seed=0).heldout_auroc <= 1
 
