@@ -17,7 +17,7 @@ from saelab.steering.candidates import (
     concept_tokens,
 )
 from saelab.steering.judges import LexiconJudge
-from saelab.steering.sweep import dose
+from saelab.steering.sweep import continuations, dose
 from saelab.steering.trial import Response, Trial, adding, reported_half, select, shares
 
 SITE = "blocks.1.hook_resid_post"
@@ -61,6 +61,23 @@ def test_the_concept_is_lifted_by_its_direction_alone(trial, towards):
     assert concept.interval().value == concept.score
     lift = concept.interval("lift")
     assert lift.low <= lift.value == concept.lift <= lift.high
+
+
+def test_an_arm_writes_the_same_alone_and_beside_others(trial, towards):
+    concept = {"concept": adding(towards, [0])}
+    (alone,) = trial.responses(concept, [1.0], largest=200.0)
+    others = {"random": adding(towards, 3 * [1])}
+    *_, beside = trial.responses(others | concept, [1.0], largest=200.0)
+    assert trial._temperature == 1
+    assert alone.written == beside.written
+    # the smaller the dose, the more is written as without it, with the same noise
+    small, large = trial.responses(concept, [1e-4, 3.0], largest=200.0)
+    still = continuations(trial._model, PROMPTS, max_new_tokens=3, temperature=1.0, seed=2)
+    same = [
+        sum(a == b for a, b in zip(one.written[0].texts, still.texts, strict=True))
+        for one in (small, large)
+    ]
+    assert same[0] > same[1]
 
 
 @pytest.mark.parametrize(("n_directions", "n_prompts"), [(20, 16), (20, 8), (10, 12), (2, 3)])
