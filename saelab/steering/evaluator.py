@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import final
 
+from jaxtyping import Float
+from torch import Tensor
+
 from saelab.edits import Handle, LatentEdit
 from saelab.edits.placement import Steerable
 from saelab.protocols import Dictionary, LabelledStore, LanguageModel, Store
@@ -31,6 +34,7 @@ from saelab.steering.side_effects import (
     mean_distance,
     others_sums,
     presences,
+    unsteered_losses,
 )
 from saelab.steering.trial import EditAt, Response, Selection, Trial, reported_half, select
 
@@ -94,6 +98,8 @@ class Ground:
     rows: Rows
     neutral: Neutral | None = None
     """Text that the concept has nothing to do with, where there is some."""
+    losses: Float[Tensor, " windows"] | None = None
+    """The unsteered model's, on that text."""
     others: Panel | None = None
     """Judges of the other labels; None where there is none but the opposite."""
     lexicon: Lexicon | None = None
@@ -196,12 +202,14 @@ class SteeringEvaluator:
         """Steer by what no dictionary is needed for."""
         ground = ground_of(model, scene, readers, place, evaluator=self.name, version=self.version)
         judges = readers.judges
+        neutral = neutral_text(model, store, scene, place)
         how = {"new_tokens": self.config.new_tokens, "seed": self.config.seed}
         ground = replace(
             ground,
             others=judges.of_others(scene.others(place), model, **how),
             lexicon=judges.lexicon(place, model, **how),
-            neutral=neutral_text(model, store, scene, place),
+            neutral=neutral,
+            losses=None if neutral is None else unsteered_losses(model, neutral),
         )
         for name, arm in scene.shared_arms(place, N_RANDOM).items():
             ground.arms[name] = steered(scene, ground.trial, name, [arm])
@@ -302,6 +310,6 @@ class SteeringEvaluator:
             )
         edits = found.edits()
         if edits and ground.neutral is not None:
-            sums = ce_sums(model, edits, ground.neutral)
+            sums = ce_sums(model, edits, ground.neutral, unsteered=ground.losses)
             row = rows.summed("steering_ce_change", sums, mean_change, "nats", name)
             yield replace(row, encoder=ground.neutral.name)

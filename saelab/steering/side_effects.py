@@ -16,16 +16,26 @@ from saelab.steering.trial import Response, Trial, reported_half, shares
 
 
 @torch.no_grad()
+def unsteered_losses(model: Steerable, neutral: Neutral) -> Float[Tensor, " windows"]:
+    """Return each window's mean loss over its scored positions, in nats; NaN without one."""
+    return _cross_entropy(model, neutral, range(len(neutral.tokens)))
+
+
+@torch.no_grad()
 def ce_sums(
-    model: Steerable, directions: Sequence[Sequence[LatentEdit]], neutral: Neutral
+    model: Steerable,
+    directions: Sequence[Sequence[LatentEdit]],
+    neutral: Neutral,
+    *,
+    unsteered: Float[Tensor, " windows"] | None = None,
 ) -> Float[Tensor, "directions windows 2"]:
     """Return how much each direction's edits raise each window's cross-entropy, in nats per token,
     and 1: as a share of the directions that were read on it; 0 in windows without a scored token.
 
-    Of many directions each is read on some of the windows, as in `trial.shares`.
+    Of many directions each is read on some of the windows, as in `trial.shares`. `unsteered` are
+    the `unsteered_losses`, measured here if they are not given.
     """
-    everything = tuple(range(len(neutral.tokens)))
-    clean = _cross_entropy(model, neutral, everything)
+    clean = unsteered_losses(model, neutral) if unsteered is None else unsteered
     parts = torch.zeros(len(directions), len(clean), 2, dtype=torch.float64)
     dealt = shares(len(directions), len(clean))
     for part, edits, own in zip(parts, directions, dealt, strict=True):

@@ -16,7 +16,7 @@ from saelab.steering.neutral import (
     windows_without,
 )
 from saelab.steering.scene import SteeringConfig
-from saelab.steering.side_effects import ce_sums, mean_change, presences
+from saelab.steering.side_effects import ce_sums, mean_change, presences, unsteered_losses
 from saelab.steering.sweep import Continuations, presence
 from saelab.steering.trial import Trial, adding
 
@@ -89,6 +89,9 @@ def test_the_change_of_cross_entropy_is_that_of_each_window_alone(toy_model, sto
             losses.append(torch.stack(own).mean() if own else torch.tensor(0.0))
         assert found[row, 0] == pytest.approx(float(losses[1] - losses[0]), abs=1e-5)
     assert found[:, 1].tolist() == [1, 1, 1, 0]
+    known = unsteered_losses(toy_model, neutral)
+    assert known.isnan().tolist() == [False, False, False, True]
+    assert torch.equal(ce_sums(toy_model, [edits], neutral, unsteered=known)[0], found)
     assert torch.equal(ce_sums(toy_model, [[]], neutral)[..., 0], torch.zeros(1, 4).double())
 
 
