@@ -300,7 +300,7 @@ class SteeringEvaluator:
         if ground.lexicon is not None:
             arm = found.candidates[found.chosen] if found.candidates else None
             yield from lexicon_rows(
-                rows, model, ground.trial, ground.lexicon, name, arm, chosen.reported
+                rows, ground.lexicon, ground.trial, name, chosen.reported, model=model, arm=arm
             )
         if ground.others is not None:
             sums = others_sums(ground.others.judges, chosen.reported, ground.trial)

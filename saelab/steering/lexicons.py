@@ -67,15 +67,16 @@ def read_again(response: Response, trial: Trial, judges: Sequence[LexiconJudge])
 
 def lexicon_rows(
     rows: Rows,
-    model: LanguageModel,
-    trial: Trial,
     lexicon: Lexicon,
+    trial: Trial,
     name: str,
-    arm: Sequence[EditAt] | None,
     response: Response,
+    *,
+    model: LanguageModel,
+    arm: Sequence[EditAt] | None,
 ) -> Iterator[ResultRow]:
-    """Yield score and lift of an arm's chosen response by a lexicon, unless it is the judge anyway;
-    and without the tokens shown, for arms of directions."""
+    """Yield score and lift of an arm's reported response by a lexicon, unless it is the judge
+    anyway; and without what the directions of the `arm` favour, None for an instruction."""
     if not response.written:
         return
     whole = len(response.written) * [lexicon.judge]
