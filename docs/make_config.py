@@ -103,7 +103,9 @@ def _default(field: FieldInfo) -> str:
         return f"`[{', '.join(map(str, value))}]`"
     if value is None:
         return ""
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`".replace("\n", "\\n")
 
 
 def _text(field: FieldInfo) -> str:

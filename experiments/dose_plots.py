@@ -16,6 +16,8 @@ LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 def figure(boards: Mapping[str, Sequence[DoseCurve]]) -> bytes:
     """Return the figure: a row per board, with lift, fluency and their harmonic mean by dose.
 
+    Points are hollow where some direction misses the dose, or is not monotone.
+
     Raises SaelabError where matplotlib is missing.
     """
     try:
@@ -52,6 +54,11 @@ def _panel(ax: Any, curves: Sequence[DoseCurve], measure: Measure) -> None:
             curve.doses, [p.value for p in points], color=colour, linestyle=LINES[dash],
             marker="." if curve.is_control else "o", markersize=4,
             linewidth=1.0 if curve.is_control else 1.6, label=curve.arm.replace("_", " "),
+        )  # fmt: skip
+        hollow = [at for at in zip(curve.doses, points, curve.flagged, strict=True) if at[2]]
+        ax.plot(
+            [dose for dose, _, _ in hollow], [point.value for _, point, _ in hollow], color=colour,
+            linestyle="", marker="o", markersize=4, markerfacecolor="white", markeredgewidth=0.8,
         )  # fmt: skip
     ax.set_xscale("log")
     ax.set_xticks(doses, [f"{dose:g}" for dose in doses])

@@ -31,7 +31,10 @@ MEASURED = {
     "score": "score", "lift": "concept lift", "fluency": "fluency",
     "ce_change": "ΔCE, neutral text", "others_change": "other labels",
 }  # fmt: skip
-PLAIN = {"dose": "dose", "kl_last_prompt": "KL, last prompt position"}
+PLAIN = {
+    "dose": "dose", "kl_last_prompt": "KL, last prompt position",
+    "directions_reached": "directions at the dose", "non_monotone": "not monotone",
+}  # fmt: skip
 SHARED = (
     "mean_difference", "linear_probe", "isotropic", "covariance", "shuffled_labels", "prompt",
 )  # fmt: skip
@@ -133,14 +136,17 @@ def _judged(one: Scored, label: str) -> str:
         one.row(f"steering_judge_{side}_auroc({label})", "judge")
         for side in ("heldout", "generated", "own")
     )
-    assert held is not None and generated is not None
-    name, *unvalidated = held["encoder"].split(", ")
-    verdict = "unvalidated: one is below .8" if unvalidated else "both are at least .8"
+    reached = one.row(f"steering_reached({label})", OWN)
+    assert reached is not None
+    name = reached["encoder"].removesuffix(", unvalidated")
+    validated = name == reached["encoder"]
+    verdict = "both are at least .8" if validated else "unvalidated: one is not at least .8"
     at_home = f" It has {own['value']:.3f} on held-out text of its own corpus." if own else ""
+    areas = [f"{row['value']:.3f}" if row else "unknown" for row in (held, generated)]
     return (
-        f"Judge: `{name}`, AUROC {held['value']:.3f} on held-out text and "
-        f"{generated['value']:.3f} on unsteered generations ({verdict}).{at_home} "
-        f"{held['n']} prompts."
+        f"Judge: `{name}`, AUROC {areas[0]} on held-out text and "
+        f"{areas[1]} on unsteered generations ({verdict}).{at_home} "
+        f"{reached['n']} prompts."
     )
 
 
@@ -169,6 +175,10 @@ def page(boards: Sequence[Sequence[Scored]], picture: str | None) -> str:
             parts += [*leads(lines, label), ""]
     if picture is not None:
         parts += [f"![Lift, fluency and score at each dose]({picture})", ""]
+        parts += [
+            "Hollow: some direction misses the dose, or its dose falls somewhere on the way.",
+            "",
+        ]
     return "\n".join(parts)
 
 

@@ -50,8 +50,9 @@ pd.DataFrame([{"stage": s.stage, "status": s.status, "folder": s.path.name} for 
 # the latent, without the sentences that both hold.
 
 # %%
+from saelab.steering.judge_configs import NgramsConfig
 from saelab.steering.judges import LexiconJudge, NgramJudge
-from saelab.steering.judging import JudgeConfig, read_corpus
+from saelab.steering.judging import read_corpus
 
 if SIZE == "toy":
     words = ("boat", "rope", "tide", "anchor", "gull", "sail", "crane", "wave")
@@ -59,7 +60,7 @@ if SIZE == "toy":
 else:
     store = saelab.open_store(made["store"])
     known = [store.document(number).text for number in range(store.n_documents)]
-    rated = read_corpus(JudgeConfig(source="rated-sentences", label_field="sentiment"), known)
+    rated = read_corpus(NgramsConfig(source="rated-sentences", label_field="sentiment"), known)
     positive = torch.tensor([label == "positive" for label in rated.labels])
     judge = NgramJudge(rated.texts, positive, corpus="rated-sentences")
 TEXTS = ["A lovely, funny film.", "Dull from start to end.", "The boat and its sail were wet."]
@@ -74,8 +75,9 @@ pd.DataFrame({"text": TEXTS, judge.name: judge(TEXTS)})
 # not.
 
 # %%
-from saelab.steering.candidates import by_detection
+from saelab.steering.candidates import by_detection, concept_tokens
 from saelab.steering.scene import SteeringConfig, scene_of
+from saelab.steering.sweep import presence
 
 model = saelab.load_model(SOURCE)
 store = saelab.open_store(made["store"])
@@ -83,10 +85,12 @@ handle = saelab.handle(made["dictionary"], store)
 scene = scene_of(
     SteeringConfig(concepts=(CONCEPT,), per_label=2), handle.dictionary, store, handle.site
 )
-best = by_detection(scene.codes, scene.positive(scene.places[0]))[0]
+positive = scene.positive(scene.places[0])
+best = by_detection(scene.codes, positive)[0]
 found = saelab.dose_response(
     model, handle, best.latent, judge, store=store, sign=best.sign, doses=DOSES,
     max_new_tokens=NEW, instruction=f"This is about {CONCEPT}.",
+    tokens=concept_tokens(model, scene.train.texts, positive),
 )  # fmt: skip
 found.figure(f"{CONCEPT}: latent {best.latent} of {handle.name}")
 
@@ -105,11 +109,33 @@ rows = [
     {
         "arm": one.arm, "dose": one.target, "lift": one.lift, "fluency": one.fluency,
         "score": one.score, "low": one.interval().low, "high": one.interval().high,
-        "reached": len(one.written), "KL after the prompt": one.kl_last_prompt,
+        "reached": one.directions_reached, "not monotone": one.non_monotone,
+        "KL after the prompt": one.kl_last_prompt, "shift of its tokens": one.target_shift,
     }
     for one in found.responses
 ]  # fmt: skip
 pd.DataFrame(rows).round(3)
+
+# %% [markdown]
+# Does the latent fire when the unsteered model reads what it wrote? And other latents, which
+# nobody asked for?
+
+# %%
+usual = presence(model, handle, found.trial.usual)
+name = f"latent {best.latent}"
+reached = [dose for dose in DOSES if found.at(name, dose).written]
+at_doses = {dose: found.presence(name, dose) for dose in reached}
+pd.DataFrame(
+    {
+        dose: {
+            "share of positions": float(own[best.latent]),
+            "more than unsteered": float((own - usual)[best.latent]),
+            "changes of all other latents": float((own - usual).abs().sum())
+            - abs(float((own - usual)[best.latent])),
+        }
+        for dose, own in at_doses.items()
+    }
+).T.round(3)
 
 # %% [markdown]
 # ## What it wrote
@@ -118,7 +144,7 @@ pd.DataFrame(rows).round(3)
 # random direction at the same dose (of twenty, each continues a quarter of the prompts).
 
 # %%
-name, dose = f"latent {best.latent}", max(DOSES)
+dose = max(DOSES)
 own, other = found.at(name, dose), found.at("covariance", dose)
 at_random = {p: t for some in other.written for p, t in zip(some.prompts, some.texts, strict=True)}
 pd.DataFrame(
@@ -169,37 +195,38 @@ with saelab.steer(model, edits["after"]):
 # ## Side effects
 #
 # What the edit costs on text that is about something else: the change of the cross-entropy on
-# held-out windows, for the latent and for random directions at the same dose.
+# news (in the toy: on held-out documents with other labels), for the latent and for random
+# directions at the same dose.
 
 # %%
 from saelab.edits import Directions, Handle
 from saelab.steering.baselines import isotropic
-from saelab.steering.side_effects import ce_sums, neutral_windows
+from saelab.steering.neutral import NeutralConfig, corpus_windows, windows_without
+from saelab.steering.side_effects import ce_sums
 
-neutral = neutral_windows(store, handle.site, model, n=8)
+if SIZE == "toy":
+    neutral = windows_without(store, handle.site, model, {CONCEPT}, n=8)
+else:
+    neutral = corpus_windows(NeutralConfig(source="news-articles"), model, handle.site)
 unit = torch.nn.functional.normalize(handle.dictionary.W_dec.detach()[[best.latent]].float(), dim=1)
 rows = torch.cat([best.sign * unit, isotropic(unit.shape[1], 20, seed=0)])
 directions = Handle(Directions(rows), handle.site)
 strengths = [own.matched[0], *found.at("isotropic", dose).matched[:3]]
 
 
-def added_ce(row: int, strength: float) -> float:
-    """Return the mean change of the cross-entropy, in nats per token."""
-    return ce_sums(model, [add(directions, row, strength)], neutral)[:, 0].mean().item()
-
-
+reached = [(i, one) for i, one in enumerate(strengths) if one.strength is not None]
+each = [ce_sums(model, [[add(directions, i, one.strength)]], neutral)[0] for i, one in reached]
 pd.DataFrame(
     [
         {
             "direction": name if i == 0 else f"isotropic {i}",
             "strength": one.strength,
             "KL": one.kl,
-            "ΔCE in nats": added_ce(i, one.strength),
+            "ΔCE in nats": float(sums[:, 0].sum() / sums[:, 1].sum()),
         }
-        for i, one in enumerate(strengths)
-        if one.strength is not None
+        for (i, one), sums in zip(reached, each, strict=True)
     ]
-).round(3)  # fmt: skip
+).round(3)
 
 # %% [markdown]
 # ## Both signs

@@ -35,7 +35,7 @@ from saelab.progress import Bar, spinner
 from saelab.protocols import Dictionary, Evaluator, LanguageModel, Solved, Store
 from saelab.results import write_rows
 from saelab.stats import ResultRow
-from saelab.steering.kinds import STEERING, judge_inputs
+from saelab.steering.kinds import READING, STEERING, judge_inputs
 from saelab.store.arrays import ArraysConfig, from_arrays
 from saelab.store.reader import BUFFER_BYTES
 from saelab.store.synthetic import SyntheticConfig, fill_synthetic
@@ -325,12 +325,14 @@ def _member(spec: MemberSpec, device: torch.device) -> Member:
 # ----------------------------------------------------------------- the results and features stages
 
 
-def evaluation_inputs(evals: Sequence[str], configs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of the evaluation goes into a results key: each evaluator's version and
-    settings."""
+def evaluation_inputs(
+    evals: Sequence[str], configs: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Return what of the evaluation goes into a results key: versions, settings, judges."""
     versions = {name: _EVALUATORS[name].version for name in evals}
     inputs = {name: {"version": versions[name], "config": configs[name].plain()} for name in evals}
-    return {"evals": inputs} | judge_inputs([configs[name] for name in evals])
+    identify = functools.partial(models.identify, device=device)
+    return {"evals": inputs} | judge_inputs([configs[name] for name in evals], identify)
 
 
 _KINDS = (
@@ -338,12 +340,14 @@ _KINDS = (
     ScrEvaluator, *STEERING,
 )  # fmt: skip
 _EVALUATORS: dict[str, type[Any]] = {kind.name: kind for kind in _KINDS}
+_load_once = functools.lru_cache(maxsize=2)(load_model)
 
 
 @functools.lru_cache(maxsize=6)
 def _evaluator(name: str, config: Config, site: str) -> Evaluator:
     """Return the evaluator that a run's dictionaries of one site share: it keeps their controls."""
-    return _EVALUATORS[name](config, site)
+    kind = _EVALUATORS[name]
+    return kind(config, site, load=_load_once) if kind in READING else kind(config, site)
 
 
 def write_results(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def curves_in(folders: Sequence[Path], label: str, *, name: str = "dictionary") 
     for arm, own in doses.items():
         curve = _curve(folders, label, arm, sorted(own, key=float))
         if curve is not None:
-            found.append(curve if arm != "dictionary" else _named(curve, name))
+            found.append(curve if arm != "dictionary" else replace(curve, arm=name))
     return found
 
 
@@ -90,8 +91,18 @@ def _curve(folders: Sequence[Path], label: str, arm: str, doses: Sequence[str]) 
         measures[measure] = tuple(point for point in points if point is not None)
     if not all(measures.values()):
         return None
-    return DoseCurve(arm, arm in CONTROLS, tuple(map(float, doses)), measures)
+    reached, non_monotone = (
+        _shares(folders, arm, [f"steering_{name}[dose={dose}]({label})" for dose in doses])
+        for name in ("directions_reached", "non_monotone")
+    )
+    return DoseCurve(
+        arm, arm in CONTROLS, tuple(map(float, doses)), measures, reached, non_monotone
+    )
 
 
-def _named(curve: DoseCurve, name: str) -> DoseCurve:
-    return DoseCurve(name, curve.is_control, curve.doses, curve.measures)
+def _shares(folders: Sequence[Path], arm: str, names: Sequence[str]) -> tuple[float, ...]:
+    """Return rows' means over the results that have them; none where some row is in no result."""
+    known = [
+        [v for f in folders if (v := _values(f).get((arm, name))) is not None] for name in names
+    ]
+    return tuple(sum(own) / len(own) for own in known) if all(known) else ()

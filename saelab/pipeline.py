@@ -271,7 +271,7 @@ class Run:
     def _results(self, dictionary: Path, store: Path, member: int) -> None:
         assert self.config.evaluate is not None
         evaluate, manifest = self.config.evaluate, artifacts.read_manifest(dictionary)
-        inputs = api.evaluation_inputs(evaluate.evals, evaluate.settings())
+        inputs = api.evaluation_inputs(evaluate.evals, evaluate.settings(), self.device)
         inputs["model"] = self._model_fingerprint(store)
         parents = [artifacts.parent_of(dictionary), artifacts.parent_of(store)]
 

@@ -20,6 +20,8 @@ RESAMPLES = 1000
 _CHUNK = 1 << 22
 """Numbers held at once while resampling."""
 _ROUNDING = 1e-13
+_OTHER = 1 << 32
+"""Added to a seed, for draws that have nothing to do with those of documents."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,31 @@ def bootstrap_weights(
     return torch.cat([statistic(weights) for weights in _draws(n, resamples, seed, n)])
 
 
+def crossed_bootstrap(
+    cells: Float[Tensor, "rows docs q"],
+    statistic: Statistic,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Float[Tensor, " resamples"]:
+    """Return the statistic of each resample of both rows and documents, from the sums of each cell.
+
+    For numbers over directions and documents, both drawn at random: a cell counts as often as its
+    row times as often as its document is drawn (Owen 2007, "The pigeonhole bootstrap", arXiv
+    0712.1111). Documents are drawn as in `bootstrap`; with one row it is the same.
+    """
+    cells, n_rows = cells.double(), len(cells)
+    generator = torch.Generator().manual_seed(seed + _OTHER)
+
+    def crossed(documents: Float[Tensor, "b docs"]) -> Float[Tensor, "b 1"]:
+        drawn = torch.randint(n_rows, (len(documents), n_rows), generator=generator)
+        rows = torch.zeros(drawn.shape, dtype=torch.float64)
+        rows.scatter_add_(1, drawn, torch.ones_like(rows))
+        return statistic(torch.einsum("br,bd,rdq->bq", rows, documents, cells))[:, None]
+
+    return bootstrap_weights(cells.shape[1], crossed, resamples=resamples, seed=seed)[:, 0]
+
+
 def bootstrap_median(
     values: Float[Tensor, " n"],
     documents: Int[Tensor, " n"],
@@ -128,6 +155,11 @@ def standard_error(replicates: Float[Tensor, " resamples"] | None) -> float | No
     return error if error > _ROUNDING * float(replicates.abs().max()) else 0.0
 
 
+def known(replicates: Float[Tensor, " resamples"]) -> Float[Tensor, " of_them"]:
+    """Return the resamples that have a value: one that draws nothing that was counted is NaN."""
+    return replicates[~replicates.isnan()]
+
+
 def over_documents(
     sums: Float[Tensor, "docs q"],
     statistic: Statistic,
@@ -167,10 +199,10 @@ class Difference:
 
     @classmethod
     def of(cls, value: float, replicates: Float[Tensor, " resamples"]) -> "Difference":
-        """Return a difference with its bootstrap interval."""
+        """Return a difference with its bootstrap interval, over the resamples that have a value."""
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        low, high = torch.quantile(replicates.double(), ends).tolist()
-        return cls(value, standard_error(replicates), low, high)
+        low, high = torch.nanquantile(replicates.double(), ends).tolist()
+        return cls(value, standard_error(known(replicates)), low, high)
 
 
 def paired_difference(

@@ -14,13 +14,13 @@ COMMON = ("the", "people", "of", "this", "state", "say", "that", "time", "and", 
 OWN = {"glad": ("good", "great"), "slow": ("old", "long")}
 
 
-def labelled_store(folder, toy_model):
-    """Harvest 110 documents of two labels, each with words of its own."""
+def labelled_store(folder, toy_model, own=OWN):
+    """Harvest 110 documents of some labels, by default two, each with words of its own."""
     chance = random.Random(0)
     lines = ["label,text"]
     for number in range(110):
-        label = ("glad", "slow")[number % 2]
-        words = chance.choices(COMMON + 3 * OWN[label], k=12)
+        label = list(own)[number % len(own)]
+        words = chance.choices(COMMON + 3 * own[label], k=12)
         lines.append(f"{label},d{number}: {' '.join(words)}")
     path = folder / "corpus.csv"
     path.write_text("\n".join(lines) + "\n")

@@ -26,7 +26,7 @@ def _edit(
         source = Handle(source, site)
     elif site is not None and site != source.site:
         raise ConfigError(f"{source.name!r} is a dictionary of {source.site!r}, not of {site!r}")
-    fields |= {"operation": operation, "dictionary": source.name}
+    fields |= {"operation": operation, "dictionary": source.name, "site": source.site}
     fields["latent"] = latent if isinstance(latent, int) else tuple(latent)
     if isinstance(fields.get("strength"), Sequence):
         fields["strength"] = tuple(fields["strength"])
@@ -118,7 +118,10 @@ def to_yaml(edits: Sequence[LatentEdit]) -> str:
 
 
 def from_yaml(text: str, handles: Sequence[Handle]) -> list[LatentEdit]:
-    """Return the edits that YAML says, on these dictionaries. Raises ConfigError."""
+    """Return the edits that YAML says, on these dictionaries.
+
+    Raises ConfigError for a dictionary that is not among them, or that acts at another site.
+    """
     data = parse_yaml(text, "the list of edits")
     if not isinstance(data, list):
         raise ConfigError(f"edits should be a list, but are {type(data).__name__}")
@@ -128,5 +131,11 @@ def from_yaml(text: str, handles: Sequence[Handle]) -> list[LatentEdit]:
         if config.dictionary not in known:
             hint = nearest(config.dictionary, list(known))
             raise ConfigError(f"there is no dictionary {config.dictionary!r}; {hint}")
-        edits.append(LatentEdit(known[config.dictionary], config))
+        handle = known[config.dictionary]
+        if config.site not in (None, handle.site):
+            raise ConfigError(
+                f"{config} is for the dictionary at {config.site!r}, but the one of that name acts "
+                f"at {handle.site!r}; give the handle of the dictionary that was meant"
+            )
+        edits.append(LatentEdit(handle, config.model_copy(update={"site": handle.site})))
     return edits

@@ -42,6 +42,9 @@ class EditConfig(Config):
     operation: Operation
     dictionary: str
     """Name of the dictionary (see `Handle`)."""
+    site: str | None = None
+    """Where the dictionary acts; None, in YAML by hand: wherever the dictionary of that name
+    does."""
     latent: NonNegativeInt | tuple[NonNegativeInt, ...]
     """The latent, or several at once."""
     strength: FiniteFloat | tuple[FiniteFloat, ...] | None = None

@@ -80,7 +80,7 @@ class Steerable(LanguageModel, Protocol):
     @overload
     def generate(
         self, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int, temperature: float = 0.0,
-        seed: int = 0, edits: Mapping[str, Edit] | None = None,
+        seed: int | Sequence[int] = 0, edits: Mapping[str, Edit] | None = None,
         lengths: Int[Tensor, " batch"] | None = None,
     ) -> Int[Tensor, "batch total"]: ...  # fmt: skip
 
@@ -92,8 +92,9 @@ class Steerable(LanguageModel, Protocol):
 
     @overload
     def generate(
-        self, tokens: list[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-        edits: Mapping[str, Edit] | None = None, lengths: None = None,
+        self, tokens: list[str], *, max_new_tokens: int, temperature: float = 0.0,
+        seed: int | Sequence[int] = 0, edits: Mapping[str, Edit] | None = None,
+        lengths: None = None,
     ) -> list[str]: ...  # fmt: skip
 
 

@@ -5,9 +5,10 @@ padding), so that each pass adds one column for all rows; a mask keeps padding o
 positions are counted from each row's first token. The result is right-padded again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -21,6 +22,8 @@ Step = Callable[
 ]
 """One pass over new tokens, given the cache and what of all tokens so far is no padding (None:
 all of it): the logits after the last, and the cache."""
+_SEEDS = 2**64
+"""Seeds are taken modulo this, since NumPy's are not negative."""
 
 
 def check_prompts(lengths: Int[Tensor, " batch"]) -> None:
@@ -77,15 +80,37 @@ def continued(
 
 
 def chooser(
-    temperature: float, seed: int
+    temperature: float, seeds: Sequence[Sequence[int]]
 ) -> Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]]:
-    """Return the rule that takes the likeliest token, or with a temperature draws one."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return the rule that takes the likeliest token, or with a temperature draws one.
+
+    It draws by exponential races: the token with the largest p / e, with e exponential, has won
+    with chance p. Each row has a stream of e of its own, so that what it draws depends on nothing
+    else in the batch, and like distributions mostly draw the same token. NumPy's generators draw
+    them ten times as fast as torch's.
+    """
+    streams = [np.random.default_rng(seed) for seed in seeds]
 
     def choose(logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, " batch"]:
         if temperature <= 0:
             return logits.argmax(-1)
         chances = F.softmax(logits.cpu() / temperature, dim=-1)
-        return torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+        times = np.empty(chances.shape, np.float32)
+        for row, stream in zip(times, streams, strict=True):
+            row[:] = stream.standard_exponential(len(row))  # in float32, one in 2^23 would be 0
+        return (chances / torch.from_numpy(times)).argmax(-1).to(logits.device)
 
     return choose
+
+
+def seeds_of_rows(seed: int | Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Return what each row's stream is seeded by: a row with a seed of its own draws what it draws
+    alone with that seed. Raises ShapeError unless there is one seed, or one for each row."""
+    if isinstance(seed, int):
+        return [(seed % _SEEDS, row) for row in range(rows)]
+    if len(seed) != rows:
+        raise ShapeError(
+            f"each prompt needs a seed of its own, but {len(seed)} came for {rows} prompts; give "
+            "one number for all, or one for each"
+        )
+    return [(own % _SEEDS, 0) for own in seed]

@@ -285,7 +285,7 @@ class HookedModel(ABC):
     @overload
     def generate(
         self, tokens: Int[Tensor, "batch pos"], *, max_new_tokens: int, temperature: float = 0.0,
-        seed: int = 0, edits: Mapping[str, Edit] | None = None,
+        seed: int | Sequence[int] = 0, edits: Mapping[str, Edit] | None = None,
         lengths: Int[Tensor, " batch"] | None = None,
     ) -> Int[Tensor, "batch total"]: ...  # fmt: skip
 
@@ -297,8 +297,9 @@ class HookedModel(ABC):
 
     @overload
     def generate(
-        self, tokens: list[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
-        edits: Mapping[str, Edit] | None = None, lengths: None = None,
+        self, tokens: list[str], *, max_new_tokens: int, temperature: float = 0.0,
+        seed: int | Sequence[int] = 0, edits: Mapping[str, Edit] | None = None,
+        lengths: None = None,
     ) -> list[str]: ...  # fmt: skip
 
     @torch.no_grad()
@@ -308,7 +309,7 @@ class HookedModel(ABC):
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         edits: Mapping[str, Edit] | None = None,
         lengths: Int[Tensor, " batch"] | None = None,
     ) -> Int[Tensor, "batch total"] | str | list[str]:
@@ -317,8 +318,9 @@ class HookedModel(ABC):
         Prompts are texts, which come back with their continuations, or tokens; of different
         lengths, tokens are right-padded, and so is the result. The first pass shows an edit all
         prompts, padded on the left; each later one only the new position. Temperature 0 takes the
-        likeliest token. After EOS a row is filled with EOS; the call ends when all rows have, so
-        `total` is at most pos + max_new_tokens.
+        likeliest token; else a row draws by its own seed, or by `seed` and its place if that is one
+        number, whatever else is in the batch. After EOS a row is filled with EOS; the call ends
+        when all rows have, so `total` is at most pos + max_new_tokens.
         """
         if not isinstance(tokens, Tensor):
             texts = [tokens] if isinstance(tokens, str) else tokens
@@ -338,6 +340,7 @@ class HookedModel(ABC):
             )
         if lengths is not None:
             generation.check_prompts(lengths)
+        seeds = generation.seeds_of_rows(seed, len(tokens))
         now = Pass(tokens, generating=True)
 
         def step(new: Tensor, cache: Any, real: Tensor | None) -> tuple[Tensor, Any]:
@@ -347,7 +350,7 @@ class HookedModel(ABC):
 
         with self._sites.hooked({}, edits or {}, now):
             return generation.continued(
-                step, tokens, lengths, generation.chooser(temperature, seed),
+                step, tokens, lengths, generation.chooser(temperature, seeds),
                 max_new_tokens=max_new_tokens, eos=self.eos_id, pad=pad_of(self),
             )  # fmt: skip
 

@@ -4,7 +4,7 @@ Each baseline is a `Handle` on unit directions at the same site, so that the sam
 judges serve for it and for a dictionary's latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,15 @@ def from_covariance(x: Float[Tensor, "rows d"], n: int, *, seed: int) -> Float[T
     return F.normalize(weights @ centred, dim=1).float()
 
 
+def unit_effects(model: LanguageModel, handle: Handle) -> Iterator[Float[Tensor, "n d_vocab"]]:
+    """Yield what each latent's direction does to the logits at unit length, as it is steered by.
+
+    In order, some latents at a time.
+    """
+    for rows in handle.dictionary.W_dec.detach().split(256):
+        yield model.logit_effect(handle.site, F.normalize(rows, dim=1)).cpu()
+
+
 def matched_latents(
     model: LanguageModel,
     handle: Handle,
@@ -53,7 +62,8 @@ def matched_latents(
     *,
     seed: int,
 ) -> list[int]:
-    """Return `n` random live latents like one in density and in the norm of its logit effect.
+    """Return `n` random live latents like one in density and in the norm of the logit effect of its
+    direction at unit length.
 
     They are drawn from the 3 n nearest by the larger of the two log ratios; `density` is the share
     of rows on which each latent fires. Raises ConfigError if the latent is dead or too few live.
@@ -65,12 +75,7 @@ def matched_latents(
             f"matching latent {latent} of {handle.name!r} (density {float(density[latent]):.2g}) "
             f"needs it and {n} others to be live, but {len(others)} others are"
         )
-    norms = torch.cat(
-        [
-            model.logit_effect(handle.site, rows).norm(dim=1).cpu()
-            for rows in handle.dictionary.W_dec.detach().split(256)
-        ]
-    )
+    norms = torch.cat([effect.norm(dim=1) for effect in unit_effects(model, handle)])
     apart = [
         (values[others] / values[latent]).log().abs() for values in (density.cpu().float(), norms)
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelab.edits import LatentEdit, Steering
 from saelab.edits.placement import Placement, Steerable, encode_prompts
-from saelab.steering.sweep import Continuations, written_texts
+from saelab.steering.sweep import Continuations, seeds_of, written_texts
 
 MAX_ROWS = 160
 """Rows of a batch; the cache of keys and values grows with them."""
@@ -63,14 +63,19 @@ def continuations_beside(
     max_rows: int = MAX_ROWS,
 ) -> list[Continuations]:
     """Return the continuations of each list of prompts under its list of edits, as many of them in
-    a batch as fit."""
+    a batch as fit.
+
+    Each prompt is continued with noise of its own (`seeds_of`): what is written under one list of
+    edits is what is written under it alone.
+    """
     found = []
     for first, last in _batches([len(own) for own in prompts], max_rows):
         n_rows = [len(own) for own in prompts[first:last]]
+        seeds = [one for own in prompts[first:last] for one in seeds_of(own, seed)]
         tokens, starts = encode_prompts(model, [p for own in prompts[first:last] for p in own])
         with model.steered(Beside(model, edits[first:last], n_rows)):
             whole = model.generate(
-                tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + first,
+                tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seeds,
                 lengths=starts,
             )  # fmt: skip
         texts = iter(written_texts(model, whole, starts, tokens.shape[1]))

@@ -7,6 +7,7 @@ may say the concept by being negative, and is then steered with a negative stren
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,18 +18,22 @@ from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
 from saelab.protocols import LanguageModel
 from saelab.stats import aucs
+from saelab.steering.baselines import unit_effects
 
+Rule = Literal["detection", "logit_effect"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 N_CANDIDATES = 5
 N_TOKENS = 20
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A latent, the sign with which it is steered, and how the rule scores it."""
+    """A latent, the sign with which it is steered, and how a rule scores it."""
 
     latent: int
     sign: int
     score: float
+    rule: Rule
 
 
 def by_detection(
@@ -40,25 +45,25 @@ def by_detection(
     only, its better one.
     """
     columns = pooled.columns("max", "two", opposite=True)
-    return _best(aucs(columns, positive[:, None])[0], n)
+    return _best(aucs(columns, positive[:, None])[0], n, "detection")
 
 
 def by_logit_effect(
     model: LanguageModel, handle: Handle, tokens: Sequence[int], n: int = N_CANDIDATES
 ) -> list[Candidate]:
-    """Return the latents whose direct logit effect on some tokens is largest on average."""
+    """Return the latents whose direct logit effect on some tokens, at unit length, is largest on
+    average."""
     ids = list(tokens)
-    parts = handle.dictionary.W_dec.detach().split(256)
-    effect = torch.cat([model.logit_effect(handle.site, W)[:, ids].mean(1).cpu() for W in parts])
-    return _best(torch.cat([effect, -effect]), n)
+    effect = torch.cat([part[:, ids].mean(1) for part in unit_effects(model, handle)])
+    return _best(torch.cat([effect, -effect]), n, "logit_effect")
 
 
-def _best(scores: Float[Tensor, " two_m"], n: int) -> list[Candidate]:
+def _best(scores: Float[Tensor, " two_m"], n: int, rule: Rule) -> list[Candidate]:
     """Return the best latents of scores of both sides, each by its better side."""
     sides = scores.nan_to_num(-torch.inf).reshape(2, -1)
     best, side = sides.max(0)
     order = best.argsort(descending=True, stable=True)[:n].tolist()
-    return [Candidate(i, 1 - 2 * int(side[i]), float(best[i])) for i in order]
+    return [Candidate(i, 1 - 2 * int(side[i]), float(best[i]), rule) for i in order]
 
 
 def concept_tokens(

@@ -34,6 +34,17 @@ class DoseCurve:
     """Nats; empty for an instruction."""
     measures: Mapping[Measure, tuple[Difference, ...]]
     """With 95 % intervals, one per dose."""
+    reached: tuple[float, ...] = ()
+    """Share of the directions that reach each dose, where it is known."""
+    non_monotone: tuple[float, ...] = ()
+    """Share of those whose dose falls somewhere as the strength grows, where it is known."""
+
+    @property
+    def flagged(self) -> tuple[bool, ...]:
+        """At each dose, whether some direction misses it, or is not monotone: a hollow point."""
+        missed = [share < 1 for share in self.reached] or [False] * len(self.doses)
+        bent = [share > 0 for share in self.non_monotone] or [False] * len(self.doses)
+        return tuple(a or b for a, b in zip(missed, bent, strict=True))
 
 
 def curves_of(
@@ -58,13 +69,20 @@ def curves_of(
             measure: tuple(one.interval(measure, resamples=resamples, seed=seed) for one in own)
             for measure in TITLES
         }
+        dosed = [one for one in own if one.target is not None and one.matched]
         doses = tuple(one.target for one in own if one.target is not None)
-        found.append(DoseCurve(arm, arm in controls, doses, measures))
+        shares = (
+            tuple(one.directions_reached for one in dosed),
+            tuple(one.non_monotone for one in dosed),
+        )
+        found.append(DoseCurve(arm, arm in controls, doses, measures, *shares))
     return found
 
 
 def dose_figure(curves: Sequence[DoseCurve], *, title: str = "") -> Any:
     """Return the Plotly figure: lift, fluency and their harmonic mean against the dose in nats.
+
+    Points are hollow where some direction misses the dose, or is not monotone.
 
     Raises ConfigError without a curve, SaelabError where plotly is missing.
     """
@@ -123,7 +141,10 @@ def _draw(
         x=xs, y=[p.value for p in points], name=curve.arm, legendgroup=curve.arm,
         mode="lines+markers" if curve.doses else "lines", showlegend=column == 1,
         line={"color": colour, "dash": dash, "width": 1.2 if curve.is_control else 2},
-        marker={"size": 4 if curve.is_control else 6},
+        marker={
+            "size": 4 if curve.is_control else 6,
+            "symbol": ["circle-open" if flag else "circle" for flag in curve.flagged],
+        },
         customdata=[[p.low, p.high] for p in points],
         hovertemplate="%{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]<extra>"
         + curve.arm + "</extra>", **place,

@@ -25,7 +25,7 @@ from saelab.evals.sample import sample_rows
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, bootstrap, standard_error
 from saelab.steering import baselines
-from saelab.steering.side_effects import Neutral, neutral_windows
+from saelab.steering.neutral import Neutral, heldout_windows
 
 OWN = "dictionary"
 N_TOKENS = 20
@@ -65,7 +65,8 @@ class Contexts:
 def contexts_of(model: Steerable, windows: Neutral, length: int) -> Contexts:
     """Read the first positions of windows with the unsteered model."""
     lengths = windows.lengths.clamp(max=length)
-    cut = Neutral(windows.tokens[:, : int(lengths.max())], lengths)
+    longest = int(lengths.max())
+    cut = Neutral(windows.name, windows.tokens[:, :longest], lengths, windows.scored[:, :longest])
     real = torch.arange(cut.tokens.shape[1]) < lengths[:, None]
     return Contexts(cut, model.logits(cut.tokens, lengths=lengths).log_softmax(-1).cpu(), real)
 
@@ -127,7 +128,7 @@ class EqualNormEvaluator:
         size = float(rows.norm(dim=1).mean())
         key = (store.content_hash, site, model.fingerprint)
         if key not in self._kept:
-            windows = neutral_windows(store, site, model, config.windows)
+            windows = heldout_windows(store, site, model, config.windows)
             contexts = contexts_of(model, windows, config.length)
             self._kept = {key: (contexts, self._controls(model, contexts, site, rows, size))}
         contexts, controls = self._kept[key]

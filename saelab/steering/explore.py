@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.edits import Directions, Handle
+from saelab.edits import Directions, Handle, add
 from saelab.edits.placement import Steerable
 from saelab.errors import ConfigError
 from saelab.evals.sample import sample_rows
@@ -21,6 +21,7 @@ from saelab.steering import baselines
 from saelab.steering.curves import curves_of, dose_figure
 from saelab.steering.judges import Judge
 from saelab.steering.scene import LARGEST, PROMPTS
+from saelab.steering.sweep import Continuations, dose, grid, presence
 from saelab.steering.trial import Response, Trial, adding
 
 DOSES = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -35,6 +36,20 @@ class DoseResponse:
 
     trial: Trial
     responses: tuple[Response, ...]
+    model: Steerable
+    handle: Handle
+    multiples: tuple[tuple[float, float], ...] = ()
+    """Multiples of the latent's typical maximum that were asked for, each with its dose in nats."""
+
+    def presence(self, arm: str, dose: float) -> Float[Tensor, " d_sae"]:
+        """Return the share of positions on which each latent fires when the unsteered model reads
+        what an arm wrote at a dose. Raises ConfigError if there is nothing."""
+        written = self.at(arm, dose).written
+        if not written:
+            raise ConfigError(f"{arm} does not reach {dose} nats, so nothing was written there")
+        prompts = tuple(p for one in written for p in one.prompts)
+        texts = tuple(t for one in written for t in one.texts)
+        return presence(self.model, self.handle, Continuations(prompts, texts))
 
     def at(self, arm: str, dose: float) -> Response:
         """Return one response. Raises ConfigError if there is none."""
@@ -60,6 +75,8 @@ def dose_response(
     instruction: str | None = None,
     prompts: Sequence[str] = PROMPTS,
     doses: Sequence[float] = DOSES,
+    multiples: Sequence[float] = (),
+    tokens: Sequence[int] = (),
     n_random: int = baselines.N_RANDOM,
     max_new_tokens: int = 32,
     fluency_model: LanguageModel | None = None,
@@ -70,8 +87,10 @@ def dose_response(
     `judge` says how much of the concept there is in a text; `sign` −1 steers the other way. Without
     a store the only control is isotropic directions; with one, directions of the activations'
     covariance and live latents that are like this one come beside it. An `instruction` before each
-    prompt is one more arm. Raises ConfigError for fewer than 8 prompts, a latent that is out of
-    range, or too few live latents for the controls.
+    prompt is one more arm. With `multiples` of the latent's typical maximum the doses are those
+    that it has there, and controls are steered at these; `tokens` are the concept's, for
+    `Response.target_shift`. Raises ConfigError for fewer than 8 prompts, a latent that is out of
+    range, too few live latents for the controls, or multiples without the handle's scales.
     """
     if not 0 <= latent < handle.dictionary.d_sae:
         raise ConfigError(
@@ -79,8 +98,12 @@ def dose_response(
             f"latent {latent}"
         )
     trial = Trial(
-        model, prompts, judge, fluency_model=fluency_model, max_new_tokens=max_new_tokens, seed=seed
-    )
+        model, prompts, judge, fluency_model=fluency_model, max_new_tokens=max_new_tokens,
+        seed=seed, tokens=tokens,
+    )  # fmt: skip
+    placed = _doses_of(trial, handle, latent, [sign * one for one in multiples], model)
+    if multiples:
+        doses = sorted(placed.values())
     unit = torch.nn.functional.normalize
     width = handle.dictionary.d_out
     directions = {
@@ -99,7 +122,15 @@ def dose_response(
     }
     responses = list(trial.responses(arms, doses, largest=LARGEST * size))
     responses += [] if instruction is None else [trial.prompted(instruction)]
-    return DoseResponse(trial, tuple(responses))
+    return DoseResponse(trial, tuple(responses), model, handle, tuple(placed.items()))
+
+
+def _doses_of(
+    trial: Trial, handle: Handle, latent: int, multiples: Sequence[float], model: Steerable
+) -> dict[float, float]:
+    """Return the dose, to three digits, at each multiple of a latent's typical maximum."""
+    edits = grid(add(handle, latent, 1.0), multiples)
+    return {at: float(f"{dose(model, [edit], trial.text).kl:.3g}") for at, edit in edits}
 
 
 def _rows(store: Store, site: str, seed: int) -> Float[Tensor, "n d"]:

@@ -5,6 +5,7 @@ one judge and between no two: a result row names its judge. A text that a judge 
 is missing (NaN), never 0.
 """
 
+import http.client
 import json
 import math
 import re
@@ -25,6 +26,8 @@ from saelab.protocols import LanguageModel
 from saelab.stats import auc
 from saelab.steering.sweep import text_logits
 
+_SPARE = 4
+"""Tokens left free for BOS, and for what text and question make where they meet."""
 MIN_AUROC = 0.8
 """A judge below this on held-out text or on unsteered generations is unvalidated."""
 
@@ -136,11 +139,21 @@ class ModelJudge:
         self.name = f"model({model.name})"
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, " n"]:
-        """Return the chance of yes against no for each text."""
-        asked = [self._question.replace("{text}", text) for text in texts]
+        """Return the chance of yes against no for each text, of which as much is read as fits."""
+        asked = [self._question.replace("{text}", text) for text in self._fitting(texts)]
         tokens, lengths = encode_prompts(self._model, asked)
         last = torch.stack([row[-1] for row in text_logits(self._model, tokens, lengths)])
         return (last[:, self._yes] - last[:, self._no]).sigmoid()
+
+    def _fitting(self, texts: Sequence[str]) -> list[str]:
+        """Return the beginnings of texts that fit into the model's context with the question."""
+        (question,) = self._model.tokenize([self._question.replace("{text}", "")])
+        room = max(self._model.context - len(question) - _SPARE, 1)
+        runs = self._model.tokenize(texts)
+        return [
+            text[: int(run.end[room - 1])] if len(run) > room else text
+            for text, run in zip(texts, runs, strict=True)
+        ]
 
 
 # ------------------------------------------------------------------------------------------ by URL
@@ -210,8 +223,10 @@ class UrlJudge:
             try:
                 said = json.loads(self._post(request, self._timeout))
                 content = said["choices"][0]["message"]["content"]
-            except (OSError, ValueError, KeyError, IndexError, TypeError):
-                continue  # an answer that did not come is asked for again
+            except (
+                OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError
+            ):  # fmt: skip
+                continue  # an answer that did not come whole is asked for again
             number = re.search(r"(?<![\d.])[0-2](?:\.\d+)?(?!\d)", str(content))
             if number and float(number[0]) <= self.top:
                 return float(number[0]) / self.top
@@ -228,15 +243,25 @@ class Validation:
     judge: str
     heldout_auroc: float
     generated_auroc: float
-    """On unsteered generations that continue texts with and without the concept."""
+    """On unsteered generations that continue texts with and without the concept. Either is NaN
+    where the judge answers for no text of one side."""
     own_auroc: float | None = None
     """On texts of the corpus that it learnt from, left out of the lesson; None where that is the
     corpus of the held-out texts."""
 
     @property
     def validated(self) -> bool:
-        """Whether both are at least .8; rows of other judges are marked."""
-        return min(self.heldout_auroc, self.generated_auroc) >= MIN_AUROC
+        """Whether both are known and at least .8; rows of other judges are marked."""
+        return all(area >= MIN_AUROC for area in (self.heldout_auroc, self.generated_auroc))
+
+    @classmethod
+    def of_all(cls, several: Sequence["Validation"]) -> "Validation":
+        """Return what holds of several judges of one name: the least area of each kind, NaN where
+        one is."""
+        areas = torch.tensor(
+            [[one.heldout_auroc, one.generated_auroc] for one in several], dtype=torch.float64
+        )
+        return cls(several[0].judge, *areas.amin(0).tolist())
 
 
 def validate(

@@ -20,8 +20,14 @@ from saelab.labels import Labelled, Part, labelled_documents
 from saelab.metrics.pooling import Pooled
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.steering import baselines
-from saelab.steering.candidates import by_detection, by_logit_effect, concept_tokens
-from saelab.steering.judging import JudgeConfig
+from saelab.steering.candidates import (
+    Candidate,
+    by_detection,
+    by_logit_effect,
+    concept_tokens,
+)
+from saelab.steering.judge_configs import JudgeConfig, NgramsConfig
+from saelab.steering.neutral import NeutralConfig
 from saelab.steering.trial import EditAt, adding
 
 log = logging.getLogger(__name__)
@@ -42,13 +48,25 @@ class SteeringConfig(Config):
 
     concepts: tuple[str, ...] = ()
     """Labels to steer by; by default all that are frequent enough."""
-    judge: JudgeConfig | None = None
-    """Another labelled corpus, on which judges learn; by default one half of the held-out
-    documents."""
+    opposites: tuple[tuple[str, str], ...] = ()
+    """Pairs of labels that are each other's opposite: steering by one, the other is no side effect.
+    Of two labels each is the other's."""
+    judge: JudgeConfig = NgramsConfig()
+    """Who says how much of a concept a text holds; by default a classifier of n-grams that learns
+    from one half of the held-out documents."""
+    fluency_model: str | None = None
+    """Another model whose loss says what is fluent, named as in `model.source`; by default the
+    steered model itself, unsteered."""
+    neutral: NeutralConfig | None = None
+    """Another corpus, on which `steering_ce_change` is measured; by default held-out documents with
+    neither the concept's label nor its opposite's, and none where all have one."""
     prompts: Annotated[tuple[str, ...], Field(min_length=16)] = PROMPTS
     """Beginnings that are continued; half of them choose, the others are reported."""
-    instruction: str = "The following text is about {label}."
-    """What the prompt arm puts before each beginning; `{label}` stands for the label."""
+    instruction: str | Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "The following text is about {label}."
+    )
+    """What the prompt arm puts before each beginning; of several, the best on one half of the
+    beginnings. `{label}` stands for the label, as the judge calls it."""
     doses: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.4, 0.8)
     """Mean KL(clean ‖ steered) in nats to steer at."""
     new_tokens: PositiveInt = 32
@@ -65,6 +83,11 @@ class SteeringConfig(Config):
     """Bootstrap resamples behind each interval."""
     seed: int = 0
     """Of the random directions, of sampling and of the bootstrap."""
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The instructions, as a tuple also where there is one."""
+        return (self.instruction,) if isinstance(self.instruction, str) else self.instruction
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,15 @@ class Scene:
         asked = self.config.concepts
         return [i for i, label in enumerate(self.labelled.classes) if not asked or label in asked]
 
+    def others(self, place: int) -> tuple[int, ...]:
+        """Return the labels that are neither this one nor its opposite; none of two."""
+        classes = self.labelled.classes
+        if len(classes) == 2:
+            return ()
+        pairs = [pair for pair in self.config.opposites if classes[place] in pair]
+        same = {classes[place]}.union(*pairs)
+        return tuple(i for i, label in enumerate(classes) if label not in same)
+
     @property
     def largest(self) -> float:
         """The largest strength tried, as a length."""
@@ -105,14 +137,17 @@ class Scene:
         unit = Directions(F.normalize(directions.detach().float().cpu(), dim=1))
         return adding(Handle(unit, self.site), range(len(directions)))
 
-    def own_arms(self, model: LanguageModel, place: int) -> list[list[EditAt]]:
-        """Return an arm of one direction for each candidate under each rule, signs put in."""
+    def candidates(self, model: LanguageModel, place: int) -> list[Candidate]:
+        """Return the latents to try for a label: as many under each rule, chosen in training."""
         positive, n = self.positive(place), self.config.candidates
         handle = Handle(self.dictionary, self.site)
         words = concept_tokens(model, self.train.texts, positive)
-        found = by_detection(self.codes, positive, n) + by_logit_effect(model, handle, words, n)
+        return by_detection(self.codes, positive, n) + by_logit_effect(model, handle, words, n)
+
+    def own_arms(self, candidates: Sequence[Candidate]) -> list[list[EditAt]]:
+        """Return an arm of one direction for each candidate, its sign put in."""
         W = self.dictionary.W_dec.detach()
-        return [self.arm(one.sign * W[[one.latent]]) for one in found]
+        return [self.arm(one.sign * W[[one.latent]]) for one in candidates]
 
     def shared_arms(self, place: int, n_random: int) -> dict[str, list[EditAt]]:
         """Return the arms that need no dictionary: two supervised ones, three kinds of random."""
@@ -127,14 +162,18 @@ class Scene:
         }
         return {name: self.arm(rows) for name, rows in directions.items()}
 
-    def matched_arm(self, model: LanguageModel, place: int, n: int) -> list[EditAt] | None:
-        """Return `n` latents like the best detector; None where too few are live to draw from."""
-        best = by_detection(self.codes, self.positive(place), 1)[0].latent
-        if self.density[best] == 0 or int((self.density > 0).sum()) <= n:
-            log.warning("steering: too few live latents for the control 'matched_latents'")
+    def matched_arm(self, model: LanguageModel, latent: int, n: int) -> list[EditAt] | None:
+        """Return `n` latents like one; None where it is dead, or too few are live to draw from."""
+        if self.density[latent] == 0 or int((self.density > 0).sum()) <= n:
+            log.warning(
+                "steering: no control 'matched_latents': latent %d fires on %.2g of %d rows, and "
+                "%d latents are live, of which %d are drawn",
+                latent, float(self.density[latent]), len(self.rows),
+                int((self.density > 0).sum()), n,
+            )  # fmt: skip
             return None
         handle, seed = Handle(self.dictionary, self.site), self.config.seed
-        like = baselines.matched_latents(model, handle, best, self.density, n, seed=seed)
+        like = baselines.matched_latents(model, handle, latent, self.density, n, seed=seed)
         return self.arm(self.dictionary.W_dec[like])
 
 
@@ -144,13 +183,13 @@ def scene_of(
 ) -> Scene:
     """Return what is known of a dictionary at a site, by default the store's only one.
 
-    Raises ConfigError without labels, or for concepts that are none of them.
+    Raises ConfigError without labels, or for concepts or opposites that are none of them.
     """
     site = checked_site(dictionary, store, site)
     labelled = labelled_documents(
         store, "halves", at_most=config.documents, per_class=config.per_label
     )
-    _check_concepts(config, labelled.classes)
+    _check_labels(config, labelled.classes)
     scorers = {"codes": latents_of(dictionary), "x": coordinates_of(store.width(site))}
     part = labelled.parts["train"]
     found, seen = pool(store, site, "train", part.documents, scorers, batch=1024)
@@ -163,10 +202,11 @@ def scene_of(
     return Scene(config, dictionary, site, labelled, train, found["codes"], means, rows, density)
 
 
-def _check_concepts(config: SteeringConfig, classes: Sequence[str]) -> None:
-    unknown = set(config.concepts) - set(classes)
-    if unknown:
-        raise ConfigError(
-            f"steering.concepts: {sorted(unknown)} are no labels with {config.per_label} "
-            f"documents in each part; there are {', '.join(classes)}"
-        )
+def _check_labels(config: SteeringConfig, classes: Sequence[str]) -> None:
+    opposites = {label for pair in config.opposites for label in pair}
+    for field, named in (("concepts", set(config.concepts)), ("opposites", opposites)):
+        if named - set(classes):
+            raise ConfigError(
+                f"steering.{field}: {sorted(named - set(classes))} are no labels with "
+                f"{config.per_label} documents in each part; there are {', '.join(classes)}"
+            )

@@ -4,11 +4,12 @@ Any direction has two sides, to first order with opposite effects. A latent carr
 concept if, steered at equal doses, each moves the judge: the statistic is
 min(|effect₊|, |effect₋|), chosen and reported like the steering score, beside what difference of
 means and as many random directions of the activations' covariance reach when they are steered both
-ways. Without steering: what a document's signed code tells of the label, and how many latents fire
-with both signs on texts that the label tells apart. Rows: docs/steering.md.
+ways: each at the dose that is best for it, and at each dose, the same for all. Without steering:
+what a document's signed code tells of the label, and how many latents fire with both signs on texts
+that the label tells apart. Rows: docs/steering.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -23,9 +24,8 @@ from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, bootstrap, bootstrap_weights, weighted_auc
 from saelab.steering import baselines
 from saelab.steering.evaluator import OWN, Ground, ground_of
-from saelab.steering.judging import Judges
-from saelab.steering.prepared import Prepared
-from saelab.steering.rows import Rows
+from saelab.steering.prepared import Load, Prepared, Readers
+from saelab.steering.rows import Rows, valued
 from saelab.steering.scene import Scene, SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.trial import EditAt, Response, Trial, reported_half
@@ -37,6 +37,11 @@ class Pair:
 
     up: Response
     down: Response
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether both sides reached the dose."""
+        return bool(self.up.written) and bool(self.down.written)
 
     def sums(self, *, reported: bool) -> Float[Tensor, "prompts 10"]:
         """Return what both count of each prompt of one half."""
@@ -85,12 +90,19 @@ class SignsEvaluator:
     """Steers every concept both ways by a dictionary's latents and by what they have to beat."""
 
     name = "signs"
-    version = 1
+    version = 2
 
-    def __init__(self, config: SteeringConfig | None = None, site: str | None = None) -> None:
-        """Steer at `site`; by default the store's only one."""
+    def __init__(
+        self,
+        config: SteeringConfig | None = None,
+        site: str | None = None,
+        *,
+        load: Load | None = None,
+    ) -> None:
+        """Steer at `site`; by default the store's only one. `load` is for configurations that name
+        other models."""
         self.config = config or SteeringConfig()
-        self._prepared = Prepared(self.name, self.config, site, self._ground)
+        self._prepared = Prepared(self.name, self.config, site, self._ground, load)
 
     def __call__(
         self, dictionary: Dictionary, store: Store, model: LanguageModel | None = None
@@ -98,18 +110,17 @@ class SignsEvaluator:
         """Yield each concept's rows. Raises what the steering evaluator raises."""
         for steerable, scene, place, prepared in self._prepared.concepts(dictionary, store, model):
             ground, shared = prepared
-            own = [edit_at for arm in scene.own_arms(steerable, place) for edit_at in arm]
+            candidates = scene.candidates(steerable, place)
+            own = [edit_at for arm in scene.own_arms(candidates) for edit_at in arm]
             arms = {OWN: pairs_of(scene, ground.trial, own), **shared}
-            yield from ground.rows.judge()
-            yield from self._steered(ground.rows, arms)
+            yield from valued(ground.rows.judge())
+            yield from valued(self._steered(ground.rows, arms))
             yield from self._unsteered(ground.rows, scene, store, place)
 
     def _ground(
-        self, model: Steerable, store: Store, scene: Scene, judges: Judges, place: int
+        self, model: Steerable, _: Store, scene: Scene, readers: Readers, place: int
     ) -> tuple[Ground, dict[str, list[Pair]]]:
-        ground = ground_of(
-            model, store, scene, judges, place, evaluator=self.name, version=self.version
-        )
+        ground = ground_of(model, scene, readers, place, evaluator=self.name, version=self.version)
         n = 2 * self.config.candidates
         directions = {
             "mean_difference": baselines.supervised(
@@ -129,27 +140,49 @@ class SignsEvaluator:
             yield rows.row("signs_reached", float(pair is not None), "share", name)
             if pair is None:
                 continue
-            sums = pair.sums(reported=True)
-            yield rows.summed("signs_least", sums, least, "judge", name)
-            yield rows.summed("signs_opposed", sums, opposed, "judge", name)
             for side, response in (("up", pair.up), ("down", pair.down)):
                 own = response.where(reported_half(len(response.sums)))
                 yield rows.row(f"signs_{side}", own.lift, "judge", name)
-                yield rows.row(f"signs_fluency_{side}", own.fluency, "share", name)
+                yield rows.row(
+                    f"signs_fluency_{side}", own.fluency, "share", name, encoder=rows.reader
+                )
             assert pair.up.target is not None
             yield rows.row("signs_dose", pair.up.target, "nats", name)
+        yield from self._compared(rows, found)
+        for dose in self.config.doses:
+            at_dose = {
+                name: [one for one in pairs if one.up.target == dose]
+                for name, pairs in arms.items()
+            }
+            for name, pairs in at_dose.items():
+                share = sum(one.is_reached for one in pairs) / len(pairs)
+                yield rows.row(f"signs_reached[dose={dose:g}]", share, "share", name)
+            best = {name: choose(pairs) for name, pairs in at_dose.items()}
+            yield from self._compared(rows, best, f"[dose={dose:g}]")
+
+    def _compared(
+        self, rows: Rows, found: Mapping[str, Pair | None], suffix: str = ""
+    ) -> Iterator[ResultRow]:
+        """Yield the effects of each arm's pair, and how much larger the dictionary's is."""
+        for name, pair in found.items():
+            if pair is not None:
+                sums = pair.sums(reported=True)[None]
+                yield rows.summed(f"signs_least{suffix}", sums, least, "judge", name)
+                yield rows.summed(f"signs_opposed{suffix}", sums, opposed, "judge", name)
         own = found[OWN]
         for name, other in found.items():
             if name != OWN and own is not None and other is not None:
-                yield self._lead(rows, name, own, other)
+                yield self._lead(rows, name, own, other, suffix)
 
-    def _lead(self, rows: Rows, name: str, first: Pair, second: Pair) -> ResultRow:
+    def _lead(self, rows: Rows, name: str, first: Pair, second: Pair, suffix: str) -> ResultRow:
         """Return how much larger the dictionary's least effect is, paired by prompt."""
         resampling = {"resamples": rows.resamples, "seed": rows.seed}
         sums = [one.sums(reported=True) for one in (first, second)]
         values = [float(least(one.sum(0, keepdim=True))) for one in sums]
         drawn = torch.sub(*(bootstrap(one, least, **resampling) for one in sums))
-        return rows.row(f"signs_least_over({name})", values[0] - values[1], "judge", OWN, drawn)
+        return rows.row(
+            f"signs_least_over({name}){suffix}", values[0] - values[1], "judge", OWN, drawn
+        )
 
     # -------------------------------------------------------------------------- without steering
 

@@ -8,15 +8,16 @@ after the prompt leave it at 0.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.config import digest
 from saelab.edits import Handle, LatentEdit, steer
 from saelab.edits.placement import Steerable, encode_prompts
 from saelab.errors import ConfigError
@@ -49,6 +50,20 @@ class CleanText:
     """Per prompt: after its last token, then after each token of its continuation."""
 
 
+def seeds_of(prompts: Sequence[str], seed: int) -> list[int]:
+    """Return the seed by which each prompt's continuation is drawn.
+
+    It depends on the prompt and on how often it came before, not on its place: whatever else is
+    written, and under whatever edits, a prompt is continued with the same noise.
+    """
+    seen: Counter[str] = Counter()
+    seeds = []
+    for prompt in prompts:
+        seeds.append(int(digest([seed, seen[prompt], prompt])[:16], 16))
+        seen[prompt] += 1
+    return seeds
+
+
 def clean_text(
     model: Steerable,
     prompts: Sequence[str],
@@ -65,8 +80,9 @@ def clean_text(
         raise ConfigError(f"a dose needs {MIN_PROMPTS} prompts or more, but {len(prompts)} came")
     tokens, starts = encode_prompts(model, prompts)
     whole = model.generate(
-        tokens, max_new_tokens=positions, temperature=temperature, seed=seed, lengths=starts
-    )
+        tokens, max_new_tokens=positions, temperature=temperature, seed=seeds_of(prompts, seed),
+        lengths=starts,
+    )  # fmt: skip
     whole = whole.cpu()
     ends = [_end(model, row, start) for row, start in zip(whole, starts.tolist(), strict=True)]
     ends = [min(end, start + positions) for end, start in zip(ends, starts.tolist(), strict=True)]
@@ -141,28 +157,6 @@ def dose(
     )
 
 
-@torch.no_grad()
-def ce_change(
-    model: Steerable,
-    edits: Sequence[LatentEdit],
-    tokens: Int[Tensor, "batch pos"],
-    lengths: Int[Tensor, " batch"],
-) -> Float[Tensor, " batch"]:
-    """Return how much edits raise the cross-entropy of texts, in nats per token: a side effect on
-    neutral text. Every token but the first is predicted; NaN for texts of one token."""
-    clean = _cross_entropy(model, tokens, lengths)
-    with steer(model, *edits):
-        return _cross_entropy(model, tokens, lengths) - clean
-
-
-def _cross_entropy(
-    model: Steerable, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    rows = zip(text_logits(model, tokens, lengths), tokens.cpu(), strict=True)
-    losses = [F.cross_entropy(row[:-1], ids[1 : len(row)]) for row, ids in rows]
-    return torch.stack(losses)
-
-
 def text_logits(
     model: LanguageModel, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"]
 ) -> Iterator[Float[Tensor, "length d_vocab"]]:
@@ -192,6 +186,8 @@ class Matched:
     """Whether the dose rose all the way up to the largest strength tried."""
     kl_last_prompt: float | None = None
     """The second dose at that strength, where it was measured."""
+    target_shift: float | None = None
+    """How much the concept's tokens gain there in log-probability, where it was measured."""
 
 
 def match_doses(
@@ -281,21 +277,26 @@ def matched_strengths(
     sign: int = 1,
     points: int = 12,
     tolerance: float = 0.01,
+    tokens: Sequence[int] = (),
 ) -> list[Matched]:
     """Return the strengths at which edits have the given doses; see `match_doses`.
 
-    `edit_at` makes the edits of one strength, for example `lambda s: [add(handle, 417, s)]`.
+    `edit_at` makes the edits of one strength, for example `lambda s: [add(handle, 417, s)]`;
+    `tokens` are the concept's, whose log-probability is compared at the strengths found.
     """
     seen: dict[float, Dose] = {}
 
     def kl(strength: float) -> float:
-        seen[strength] = dose(model, edit_at(strength), text)
+        seen[strength] = dose(model, edit_at(strength), text, targets=tokens)
         return seen[strength].kl
 
     found = match_doses(kl, targets, largest=largest, sign=sign, points=points, tolerance=tolerance)
     return [
         one if one.strength is None
-        else replace(one, kl_last_prompt=seen[one.strength].kl_last_prompt)
+        else replace(
+            one, kl_last_prompt=seen[one.strength].kl_last_prompt,
+            target_shift=seen[one.strength].target_shift,
+        )
         for one in found
     ]  # fmt: skip
 
@@ -319,17 +320,21 @@ def continuations(
     *,
     max_new_tokens: int = 32,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch: int = 32,
 ) -> Continuations:
-    """Return a model's continuations under edits, in batches of prompts with one cache each."""
+    """Return a model's continuations under edits, in batches of prompts with one cache each.
+
+    `seed` is one number, of which each prompt gets a seed of its own (`seeds_of`), or the seeds.
+    """
+    seeds = seeds_of(prompts, seed) if isinstance(seed, int) else seed
     texts: list[str] = []
     for first in range(0, len(prompts), batch):
         tokens, starts = encode_prompts(model, prompts[first : first + batch])
         with steer(model, *edits):
             whole = model.generate(
                 tokens, max_new_tokens=max_new_tokens, temperature=temperature,
-                seed=seed + first, lengths=starts,
+                seed=seeds[first : first + batch], lengths=starts,
             )  # fmt: skip
         texts += written_texts(model, whole, starts, tokens.shape[1])
     return Continuations(tuple(prompts), tuple(texts))

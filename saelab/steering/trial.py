@@ -6,6 +6,7 @@ another model's loss read what it wrote. Of many directions each continues a par
 Numbers are means over an arm's directions, per prompt, so that arms are compared prompt by prompt.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
@@ -18,7 +19,7 @@ from saelab.edits import Handle, LatentEdit, Where, add
 from saelab.edits.placement import Steerable
 from saelab.errors import ConfigError
 from saelab.protocols import LanguageModel
-from saelab.stats import Difference, Statistic, bootstrap, paired_difference
+from saelab.stats import Difference, Statistic, bootstrap, crossed_bootstrap
 from saelab.steering.baselines import instructed
 from saelab.steering.beside import continuations_beside
 from saelab.steering.fluency import Band, band, fluent, steering_score
@@ -30,6 +31,7 @@ from saelab.steering.sweep import (
     clean_text,
     continuations,
     matched_strengths,
+    seeds_of,
 )
 
 _DOSED = 8
@@ -67,9 +69,20 @@ def _score(totals: Float[Tensor, "b 5"]) -> Float[Tensor, " b"]:
 
 def shares(n_directions: int, n_prompts: int) -> list[tuple[int, ...]]:
     """Return which prompts each direction of an arm continues: all, or of many directions each
-    every so many, so that each prompt is continued by at least five."""
+    every so many, so that each prompt is continued by at least five.
+
+    They are dealt in pairs of which one chooses and one is reported on (`reported_half`), so that
+    all directions write in both halves.
+    """
     every = max(1, n_directions // _WRITERS)
-    return [tuple(range(i % every, n_prompts, every)) for i in range(n_directions)]
+    pairs = [range(i % every, n_prompts, every) for i in range(n_directions)]
+    return [
+        tuple(j for pair in own for j in (2 * pair, 2 * pair + 1) if j < n_prompts) for own in pairs
+    ]
+
+
+def _share(which: Sequence[bool]) -> float:
+    return sum(which) / len(which) if which else math.nan
 
 
 Measure = Literal["score", "lift", "fluency"]
@@ -95,6 +108,8 @@ class Response:
     """Per direction that reached the dose, what the model wrote."""
     asked: tuple[tuple[int, ...], ...] = ()
     """Which prompts each of them continued."""
+    per_direction: Float[Tensor, "directions prompts 5"] | None = None
+    """What each of them adds to `sums`; with it, intervals are over directions too."""
 
     @property
     def lift(self) -> float:
@@ -111,9 +126,44 @@ class Response:
         """Harmonic mean of lift and fluency; see `fluency.steering_score`."""
         return float(_score(self._totals))
 
+    @property
+    def directions_reached(self) -> float:
+        """Share of the directions that reach the dose; NaN for a prompt."""
+        return _share([one.strength is not None for one in self.matched])
+
+    @property
+    def non_monotone(self) -> float:
+        """Share of the directions whose dose falls somewhere as the strength grows; NaN for a
+        prompt."""
+        return _share([not one.monotone for one in self.matched])
+
+    @property
+    def target_shift(self) -> float | None:
+        """Mean over directions of how much the concept's tokens gain in log-probability, in nats;
+        None where it was not measured, or for a prompt."""
+        known = [one.target_shift for one in self.matched if one.target_shift is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def reached(self) -> bool:
+        """Whether any direction reached the dose, and wrote."""
+        return bool(self._totals[0, 4] > 0)
+
+    @property
+    def n_answered(self) -> int:
+        """Prompts on which the judge answered, steered and unsteered."""
+        return int((self.sums[:, 2] > 0).sum())
+
+    @property
+    def missing(self) -> float:
+        """Share of what was written for which there is no such answer; NaN where nothing was."""
+        return float(1 - self._totals[0, 2] / self._totals[0, 4])
+
     def where(self, prompts: Bool[Tensor, " prompts"]) -> "Response":
         """Return what was done on some of the prompts; texts and doses are those of all."""
-        return replace(self, sums=self.sums[prompts])
+        own = self.per_direction
+        parts = None if own is None else own[:, prompts]
+        return replace(self, sums=self.sums[prompts], per_direction=parts)
 
     @property
     def _totals(self) -> Float[Tensor, "1 5"]:
@@ -122,19 +172,24 @@ class Response:
     def replicates(
         self, measure: Measure = "score", *, resamples: int = 1000, seed: int = 0
     ) -> Float[Tensor, " resamples"]:
-        """Return a measure in each resample of prompts; equal seeds draw the same prompts."""
-        return bootstrap(self.sums, _STATISTICS[measure], resamples=resamples, seed=seed)
+        """Return a measure in each resample of prompts, and of an arm's directions where there are
+        several; equal seeds draw the same prompts."""
+        statistic, drawing = _STATISTICS[measure], {"resamples": resamples, "seed": seed}
+        if self.per_direction is None:
+            return bootstrap(self.sums, statistic, **drawing)
+        return crossed_bootstrap(self.per_direction, statistic, **drawing)
 
     def interval(
         self, measure: Measure = "score", *, resamples: int = 1000, seed: int = 0
     ) -> Difference:
-        """Return a measure with its 95 % interval over prompts."""
+        """Return a measure with its 95 % interval over prompts and directions."""
         drawn = self.replicates(measure, resamples=resamples, seed=seed)
         return Difference.of(getattr(self, measure), drawn)
 
     def over(self, other: "Response", *, resamples: int = 1000, seed: int = 0) -> Difference:
         """Return this score minus another arm's, paired by prompt, with its 95 % interval."""
-        return paired_difference(self.sums, other.sums, _score, resamples=resamples, seed=seed)
+        drawn = [one.replicates(resamples=resamples, seed=seed) for one in (self, other)]
+        return Difference.of(self.score - other.score, torch.sub(*drawn))
 
 
 @dataclass(frozen=True)
@@ -148,8 +203,6 @@ class Selection:
     oracle: Response
     """The best of that other half itself: what better choosing could have gained."""
     n_candidates: int
-    n_reached: int
-    """Candidates that reached their dose; the others have no score and are never chosen."""
 
 
 def reported_half(n_prompts: int) -> Bool[Tensor, " prompts"]:
@@ -160,7 +213,8 @@ def reported_half(n_prompts: int) -> Bool[Tensor, " prompts"]:
 def select(candidates: Sequence[Response]) -> Selection | None:
     """Return the response with the best score on every other prompt, scored on the rest.
 
-    None where none of them reached its dose. Raises ConfigError without a response.
+    None where none has a score there: none reached its dose, or the judge answered for none. Raises
+    ConfigError without a response.
     """
     if not candidates:
         raise ConfigError("there is no response to choose from; give `select` one or more")
@@ -169,11 +223,10 @@ def select(candidates: Sequence[Response]) -> Selection | None:
     first, second = (
         torch.tensor([one.score for one in half]).nan_to_num(-torch.inf) for half in halves
     )
-    chosen, best = int(first.argmax()), int(second.argmax())
-    n_reached = int((first.isfinite() & second.isfinite()).sum())
-    if not n_reached:
+    if not bool(first.isfinite().any()):
         return None
-    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates), n_reached)
+    chosen, best = int(first.argmax()), int(second.argmax())
+    return Selection(chosen, halves[1][chosen], halves[1][best], len(candidates))
 
 
 @final
@@ -191,14 +244,17 @@ class Trial:
         temperature: float = 1.0,
         seed: int = 0,
         samples: int = 4,
+        tokens: Sequence[int] = (),
     ) -> None:
         """Write unsteered continuations, `samples` per prompt for the band of fluency.
 
         `fluency_model` should be another model; without one the steered model itself, unsteered,
-        judges losses. Raises ConfigError for fewer than 8 prompts.
+        judges losses. `tokens` are the concept's, whose shift is `Response.target_shift`. Raises
+        ConfigError for fewer than 8 prompts.
         """
         self._model, self.prompts, self._judge = model, tuple(prompts), judge
         self._reader = fluency_model or model
+        self._tokens = tuple(tokens)
         self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
         self.text: CleanText = clean_text(
             model, self.prompts[:_DOSED], temperature=temperature, seed=seed
@@ -230,7 +286,7 @@ class Trial:
         found = [
             matched_strengths(
                 self._model, edit_at, self.text, doses,
-                largest=largest, sign=sign, tolerance=_TOLERANCE,
+                largest=largest, sign=sign, tolerance=_TOLERANCE, tokens=self._tokens,
             )
             for edit_at in directions
         ]  # fmt: skip
@@ -275,35 +331,37 @@ class Trial:
         written: Sequence[tuple[tuple[int, ...], Continuations]],
     ) -> Response:
         known = [one.kl_last_prompt for one in matched if one.kl_last_prompt is not None]
+        parts = self._parts(written)
         return Response(
             name, target, matched, sum(known) / len(known) if known else None, self._judge.name,
-            self._sums(written), tuple(text for _, text in written),
-            tuple(asked for asked, _ in written),
+            parts.sum(0) if written else parts.new_full(parts.shape[1:], torch.nan),
+            tuple(text for _, text in written), tuple(asked for asked, _ in written),
+            parts if written else None,
         )  # fmt: skip
 
     def prompted(self, instruction: str) -> Response:
-        """Return the response to an instruction before each prompt, without an edit."""
+        """Return the response to an instruction before each prompt, without an edit; prompts are
+        continued with the same noise as under edits."""
         found = continuations(
             self._model, instructed(self.prompts, instruction),
             max_new_tokens=self._max_new_tokens, temperature=self._temperature,
-            seed=self._seed + 2,
+            seed=seeds_of(self.prompts, self._seed + 2),
         )  # fmt: skip
         # losses are read after the bare prompts, like everyone's
         found = Continuations(self.prompts, found.texts)
         return self._response("prompt", None, (), [(tuple(range(len(self.prompts))), found)])
 
-    def _sums(
+    def _parts(
         self, written: Sequence[tuple[tuple[int, ...], Continuations]]
-    ) -> Float[Tensor, "prompts 5"]:
-        """Return the mean over directions of what each prompt counts; NaN without a direction."""
-        total = torch.zeros(len(self.prompts), 5, dtype=torch.float64)
-        n_written = torch.zeros(len(self.prompts), 1, dtype=torch.float64)
-        for asked, one in written:
+    ) -> Float[Tensor, "directions prompts 5"]:
+        """Return what each direction counts of each prompt, as a share of those that continued
+        it."""
+        parts = torch.zeros(len(written), len(self.prompts), 5, dtype=torch.float64)
+        for part, (asked, one) in zip(parts, written, strict=True):
             own = list(asked)
             scores, usual = self._judge(one.texts).double(), self.unsteered[own]
             known = ~(scores.isnan() | usual.isnan())
             fine = fluent(self._reader, one, self.band).double()
             pair = (torch.where(known, values, 0) for values in (scores, usual))
-            total[own] += torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1)
-            n_written[own] += 1
-        return total / n_written.clamp(min=1) if written else total + torch.nan
+            part[own] = torch.stack([*pair, known.double(), fine, torch.ones_like(fine)], 1)
+        return parts / parts[..., 4].sum(0)[:, None].clamp(min=1)

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import save_gpt2, save_llama
@@ -264,14 +265,15 @@ def test_going_on_from_the_middle_gives_the_logits_of_a_whole_pass(model, tokens
 def test_generation_with_a_cache_equals_the_loop_without_one(model, tokens, temperature):
     edits = {"blocks.0.hook_resid_mid": lambda x: 0.7 * x}
     fast = model.generate(tokens, max_new_tokens=6, temperature=temperature, seed=3, edits=edits)
-    generator = torch.Generator().manual_seed(3)
+    streams = [np.random.default_rng((3, row)) for row in range(2)]
     slow, ended = tokens, torch.zeros(2, dtype=torch.bool)
     while slow.shape[1] < tokens.shape[1] + 6 and not ended.all():
         last = model.logits(slow, edits)[:, -1]
         if temperature == 0:
             new = last.argmax(-1)
         else:
-            new = torch.multinomial(last.softmax(-1), 1, generator=generator)[:, 0]
+            races = np.stack([one.standard_exponential(last.shape[1]) for one in streams])
+            new = (last.softmax(-1) / torch.from_numpy(races).float()).argmax(-1)
         new = torch.where(ended, model.eos_id, new)
         ended |= new == model.eos_id
         slow = torch.cat([slow, new[:, None]], dim=1)
@@ -279,6 +281,17 @@ def test_generation_with_a_cache_equals_the_loop_without_one(model, tokens, temp
     assert torch.equal(fast[:, :7], tokens)
     again = model.generate(tokens, max_new_tokens=6, temperature=temperature, seed=3, edits=edits)
     assert torch.equal(fast, again)
+
+
+def test_a_row_draws_by_its_seed_whatever_stands_beside_it(model, tokens):
+    writing = {"max_new_tokens": 6, "temperature": 1.0}
+    both = model.generate(tokens, seed=[8, -5], **writing)
+    for row, seed in enumerate([8, -5]):
+        alone = model.generate(tokens[row : row + 1], seed=seed, **writing)[0]
+        assert torch.equal(both[row, : len(alone)], alone)
+        assert set(both[row, len(alone) :].tolist()) <= {model.eos_id}
+    with pytest.raises(ShapeError, match="3 came for 2 prompts"):
+        model.generate(tokens, seed=[1, 2, 3], **writing)
 
 
 def test_padding_does_not_change_real_positions(model, tokens):

@@ -162,3 +162,29 @@ def test_seeds_that_differ_alone_are_drawn_with_replacement():
     assert float(found.std()) == pytest.approx(wanted, rel=0.03)
     assert float(found.mean()) == pytest.approx(4.0, rel=0.02)
     assert found.unique().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+
+
+def test_resamples_of_both_sides_of_a_table_have_both_spreads():
+    """With effects of 20 rows (variance 4) and of 30 columns (variance 1), the error of the mean is
+    √(4 / 20 + 1 / 30); over columns alone it would be √(1 / 30)."""
+    errors, columns = [], []
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        row = 2 * torch.randn(20, 1, generator=generator, dtype=torch.float64)
+        values = row + torch.randn(30, generator=generator, dtype=torch.float64)
+        cells = torch.stack([torch.ones_like(values), values], 2)
+        drawn = stats.crossed_bootstrap(cells, mean, resamples=200, seed=seed)
+        errors.append(float(drawn.std()))
+        columns.append(float(stats.bootstrap(cells.sum(0), mean, resamples=200, seed=seed).std()))
+    assert sum(errors) / 30 == pytest.approx((4 / 20 + 1 / 30) ** 0.5, rel=0.1)
+    assert sum(columns) / 30 == pytest.approx((1 / 30) ** 0.5, rel=0.1)
+
+
+def test_resamples_of_one_row_are_those_of_its_columns_whatever_the_chunks(monkeypatch):
+    cells = torch.rand(1, 12, 2, generator=torch.Generator().manual_seed(0)) + 1
+    alone = stats.bootstrap(cells[0], mean, resamples=50, seed=3)
+    torch.testing.assert_close(stats.crossed_bootstrap(cells, mean, resamples=50, seed=3), alone)
+    several = torch.rand(4, 12, 2, generator=torch.Generator().manual_seed(1)) + 1
+    whole = stats.crossed_bootstrap(several, mean, resamples=50, seed=3)
+    monkeypatch.setattr(stats, "_CHUNK", 100)
+    torch.testing.assert_close(stats.crossed_bootstrap(several, mean, resamples=50, seed=3), whole)

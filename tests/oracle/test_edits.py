@@ -254,6 +254,13 @@ def test_edits_round_trip_through_yaml(handle):
     assert to_yaml(again) == to_yaml(edits)
     with pytest.raises(ConfigError, match="no dictionary 'sentiment'"):
         from_yaml(to_yaml(edits), [])
+    elsewhere = Handle(handle.dictionary, "blocks.1.hook_resid_post", "sentiment", handle.scales)
+    with pytest.raises(ConfigError, match=r"at 'blocks.0.hook_resid_post'.*acts at 'blocks.1"):
+        from_yaml(to_yaml(edits), [elsewhere])
+    # written by hand, an edit may leave the site to its dictionary
+    by_hand = "- {operation: ablate, dictionary: sentiment, latent: 3}"
+    assert from_yaml(by_hand, [handle])[0].config == ablate(handle, 3).config
+    assert from_yaml(by_hand, [elsewhere])[0].config.site == "blocks.1.hook_resid_post"
     with pytest.raises(ConfigError, match="two dictionaries are called"):
         to_yaml([edits[0], add(Handle(handle.dictionary, SITE, "sentiment"), 1, 1.0)])
 

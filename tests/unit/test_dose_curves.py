@@ -14,10 +14,18 @@ from saelab.stats import bootstrap
 from saelab.steering.curves import GREY, curves_of, dose_figure, looks_of
 from saelab.steering.judges import Validation
 from saelab.steering.rows import Rows
-from saelab.steering.sweep import Continuations
+from saelab.steering.sweep import Continuations, Matched
 from saelab.steering.trial import Response
 
 DOSES = (0.1, 0.4)
+
+
+def matched(dose: float | None) -> tuple[Matched, ...]:
+    """Of two directions one misses the larger dose, and it is not monotone."""
+    if dose is None:
+        return ()
+    strength = None if dose == DOSES[1] else 1.0
+    return Matched(dose, 1.0, dose, True), Matched(dose, strength, dose, strength is not None)
 
 
 def response(arm: str, dose: float | None, lift: float, reached: bool = True) -> Response:
@@ -25,7 +33,7 @@ def response(arm: str, dose: float | None, lift: float, reached: bool = True) ->
     sums[:, 0] = lift + 0.1 * torch.arange(4) - 0.15
     sums[:, 1], sums[:, 3] = 0.0, 0.5
     written = (Continuations(("a", "b", "c", "d"), ("e", "f", "g", "h")),) if reached else ()
-    return Response(arm, dose, (), 0.2, "some", sums, written)
+    return Response(arm, dose, matched(dose), 0.2, "some", sums, written)
 
 
 def arms(lift: float) -> dict[str, list[Response]]:
@@ -49,6 +57,8 @@ def test_a_curve_has_what_was_reached_in_the_order_of_doses():
     assert all(p.low < p.value < p.high for p in own.measures["lift"])
     assert [p.value for p in own.measures["fluency"]] == [0.5, 0.5]
     assert (prompt.arm, prompt.doses, len(prompt.measures["score"])) == ("prompt", (), 1)
+    assert (own.reached, own.non_monotone, own.flagged) == ((1, 0.5), (0, 0.5), (False, True))
+    assert prompt.flagged == ()
 
 
 def test_the_figure_has_a_panel_per_measure_and_grey_controls():
@@ -57,6 +67,8 @@ def test_the_figure_has_a_panel_per_measure_and_grey_controls():
     lines = [trace for trace in figure.data if trace.mode != "lines" or trace.name == "prompt"]
     assert len(lines) == 3 * 4
     colours = {trace.name: trace.line.color for trace in lines}
+    points = [trace.marker.symbol for trace in lines if trace.name == "dictionary"]
+    assert points == 3 * [("circle", "circle-open")]
     assert [arm for arm, colour in colours.items() if colour == GREY] == ["isotropic"]
     level = next(trace for trace in figure.data if trace.name == "prompt")
     assert (list(level.x), level.y[0]) == ([0.1, 0.4], level.y[1])
@@ -73,7 +85,9 @@ def test_arms_are_told_apart_when_colours_run_out():
 
 
 def rows_of(lift: float):
-    rows = Rows("glad", Validation("some", 0.9, 0.7, 0.95), 4, "steering", 2, 200, 0)
+    rows = Rows(
+        "glad", Validation("some", 0.9, 0.7, 0.95), 4, "steering", 2, 200, 0, "fluency(toy)"
+    )
     yield from rows.judge()
     for arm, responses in arms(lift).items():
         yield rows.row("steering_reached", 1.0, "share", arm)
@@ -132,6 +146,8 @@ def test_curves_come_out_of_results_as_they_went_in(run):
     assert found["b"].doses == DOSES
     assert [p.value for p in found["b"].measures["lift"]] == pytest.approx([0.05, 0.2])
     assert found["isotropic"].is_control
+    assert found["b"].reached == found["isotropic"].reached == (1, 0.5)
+    assert found["b"].flagged == (False, True)
     assert found["prompt"].doses == ()
     with pytest.raises(ArtifactError, match="not steered by 'sad'"):
         curves_in([folder], "sad")
@@ -151,6 +167,9 @@ def test_the_page_has_a_row_per_type_and_control_and_its_figure(run, tmp_path):
     assert lines["| isotropic"].split(" | ")[3].startswith("0.040 [")  # of the first member
     assert lines["| run-a"].count("[") == 1
     assert "![Lift, fluency and score at each dose](figure.svg)" in text
+    assert "| directions at the dose | not monotone |" in text
+    assert lines["| **run-b**"].split(" | ")[9:11] == ["0.5", "0.5"]
+    assert "Hollow: some direction misses the dose" in text
     first = picture.read_bytes()
     steered.main(argv, said.append)
     assert picture.read_bytes() == first

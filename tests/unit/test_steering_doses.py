@@ -73,23 +73,6 @@ def test_doses_need_eight_prompts(toy_model):
         sweep.clean_text(toy_model, PROMPTS[:7])
 
 
-def test_the_change_of_cross_entropy_is_that_of_each_text_alone(toy_model, handle):
-    edits = [add(handle, 3, 4.0)]
-    tokens, lengths = encode_prompts(toy_model, ["the people of this state", "we know"])
-    found = sweep.ce_change(toy_model, edits, tokens, lengths)
-    for row, n in enumerate(lengths.tolist()):
-        alone = tokens[row : row + 1, :n]
-        losses = []
-        for chosen in ([], edits):
-            with steer(toy_model, *chosen):
-                log_probs = toy_model.logits(alone)[0].log_softmax(-1)
-            losses.append(
-                -torch.stack([log_probs[i, alone[0, i + 1]] for i in range(n - 1)]).mean()
-            )
-        torch.testing.assert_close(found[row], losses[1] - losses[0], atol=1e-5, rtol=1e-4)
-    assert torch.equal(sweep.ce_change(toy_model, [], tokens, lengths), torch.zeros(2))
-
-
 # ---------------------------------------------------------------------------------- matched doses
 
 
@@ -200,11 +183,23 @@ def test_matched_latents_are_live_and_alike(toy_model, handle):
     found = baselines.matched_latents(toy_model, handle, 0, density, 4, seed=0)
     assert len(set(found)) == 4
     assert not {0, *range(10, 16), *range(20, 30)} & set(found)
-    norms = toy_model.logit_effect(SITE, handle.dictionary.W_dec).norm(dim=1)
+    W = handle.dictionary.W_dec.detach()
+    norms = toy_model.logit_effect(SITE, torch.nn.functional.normalize(W, dim=1)).norm(dim=1)
     apart = torch.stack([(v / v[0]).log().abs() for v in (density, norms)]).amax(0)
     assert apart[found].max() <= apart[1:].sort().values[11]
     with pytest.raises(ConfigError, match="needs it and 4 others to be live"):
         baselines.matched_latents(toy_model, handle, 10, density, 4, seed=0)
+
+
+def test_latents_are_matched_whatever_the_length_of_their_rows(toy_model, handle):
+    density = torch.rand(60, generator=torch.Generator().manual_seed(0)) + 0.01
+    lengths = 10.0 ** torch.linspace(-2, 2, 60)[:, None]
+    rescaled = Handle(Directions(lengths * handle.dictionary.W_dec.detach()), SITE)
+    wanted, found = (
+        baselines.matched_latents(toy_model, one, 5, density, 4, seed=0)
+        for one in (handle, rescaled)
+    )
+    assert found == wanted
 
 
 def test_shuffled_labels_point_nowhere_and_true_ones_to_the_concept(toy_model, handle):

@@ -6,14 +6,14 @@ from steering_toys import dictionary_with
 
 from saelab.errors import ConfigError
 from saelab.steering.equal_norm import EqualNormConfig, EqualNormEvaluator, contexts_of, pushed
-from saelab.steering.side_effects import neutral_windows
+from saelab.steering.neutral import heldout_windows
 
 SITE = "blocks.1.hook_resid_post"
 CONFIG = EqualNormConfig(norms=(0.5, 2.0), latents=4, windows=3, length=6, rows=200, resamples=20)
 
 
 def test_a_push_is_measured_at_every_position(toy_model, toy_store):
-    contexts = contexts_of(toy_model, neutral_windows(toy_store, SITE, toy_model, 2), 5)
+    contexts = contexts_of(toy_model, heldout_windows(toy_store, SITE, toy_model, 2), 5)
     change, targets = torch.randn(32, generator=torch.Generator().manual_seed(0)), [270, 271]
     found = pushed(toy_model, contexts, SITE, change, torch.tensor(targets))
     for row, (ids, n) in enumerate(

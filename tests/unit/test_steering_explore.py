@@ -1,12 +1,16 @@
 """A first look at a latent: one call gives its dose and response beside controls."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direction
 
 import saelab
-from saelab.edits import Handle
+from saelab.edits import Handle, Scales, add
 from saelab.errors import ConfigError
 from saelab.steering.judges import LexiconJudge
+from saelab.steering.sweep import dose
 
 PROMPTS = [
     f"the people {word}"
@@ -49,3 +53,27 @@ def test_the_other_way_is_the_other_direction(toy_model, handle):
     assert found.at("isotropic", 2.0).lift == ahead.at("isotropic", 2.0).lift
     with pytest.raises(ConfigError, match="there is no latent 20"):
         saelab.dose_response(toy_model, handle, 20, JUDGE, **SMALL)
+
+
+def test_multiples_of_the_typical_maximum_say_the_doses(toy_model, handle):
+    with pytest.raises(ConfigError, match="need to know how large things are"):
+        saelab.dose_response(toy_model, handle, 0, JUDGE, multiples=[1.0], **SMALL)
+    scaled = replace(handle, scales=Scales(torch.full((20,), 4.0), 6.0))
+    good = [int(run.ids[0]) for run in toy_model.tokenize([" good"])]
+    found = saelab.dose_response(
+        toy_model, scaled, 0, JUDGE, multiples=[1.0, 2.0], tokens=good, **SMALL
+    )
+    (once, small), (twice, large) = found.multiples
+    assert (once, twice) == (1, 2) and small < large
+    alone = dose(toy_model, [add(scaled, 0, 8.0)], found.trial.text)
+    assert large == pytest.approx(alone.kl, rel=0.01)
+    own = found.at("latent 0", large)
+    # controls are at the dose, and so is the latent, by a direction of length 1
+    length = float(scaled.dictionary.W_dec[0].detach().norm())
+    assert own.matched[0].strength == pytest.approx(8.0 * length, rel=0.05)
+    assert all(
+        one.kl == pytest.approx(large, rel=0.06) for one in found.at("isotropic", large).matched
+    )
+    assert own.target_shift > found.at("isotropic", large).target_shift
+    fires = found.presence("latent 0", large)
+    assert fires.shape == (20,) and 0 <= fires.min() <= fires.max() <= 1

@@ -1,6 +1,8 @@
 """Judges on text alone, what they do without an answer, and fluency at both of its ends."""
 
+import http.client
 import json
+import math
 
 import pytest
 import torch
@@ -57,6 +59,20 @@ def test_a_models_odds_are_those_of_its_logits(toy_model):
         ModelJudge(toy_model, "{text}", yes="zz", no="zx")
 
 
+def test_a_text_that_is_too_long_for_the_model_is_cut_and_the_question_is_not(toy_model):
+    judge = ModelJudge(toy_model, "{text} is that", yes=" good", no=" old")
+    long = "the people of this state " * 200
+    whole = len(toy_model.tokenize([f"{long} is that"])[0])
+    assert whole > toy_model.context
+    n_asked = len(toy_model.tokenize([" is that"])[0])
+    fits = long[: int(toy_model.tokenize([long])[0].end[toy_model.context - n_asked - 5])]
+    ids = toy_model.tokenize([f"{fits} is that"])[0].ids
+    assert toy_model.context - 5 <= len(ids) <= toy_model.context
+    good, old = (int(run.ids[0]) for run in toy_model.tokenize([" good", " old"]))
+    chances = toy_model.logits(ids[None])[0, -1][[good, old]].softmax(-1)
+    assert float(judge([long])) == pytest.approx(float(chances[0]), abs=1e-5)
+
+
 def make_url_judge(answers):
     pauses, requests = [], []
 
@@ -75,7 +91,8 @@ def make_url_judge(answers):
 
 
 def test_a_server_is_asked_again_and_then_the_text_is_missing():
-    answers = ["2", OSError("down"), "Score: 1.", "no idea", "10", OSError("down"), "0"]
+    cut = http.client.IncompleteRead(b"{", 99)
+    answers = ["2", OSError("down"), "Score: 1.", "no idea", "10", cut, "0"]
     judge, pauses, requests = make_url_judge(answers)
     scores = judge(["a", "b", "c", "d"])
     torch.testing.assert_close(scores, torch.tensor([1.0, 0.5, float("nan"), 0.0]), equal_nan=True)
@@ -93,6 +110,28 @@ def test_a_judge_is_validated_on_texts_and_on_generations():
     assert found == Validation("ngrams(reviews)", 1.0, 0.0)
     assert not found.validated
     assert validate(judge, (GOOD + BAD, LABELS), (GOOD + BAD, LABELS)).validated
+
+
+@pytest.mark.parametrize(
+    ("heldout", "generated", "wanted"),
+    [(0.8, 0.9, True), (0.9, 0.79, False), (0.9, math.nan, False), (math.nan, 0.9, False)],
+)
+def test_a_judge_is_validated_by_two_areas_that_exist(heldout, generated, wanted):
+    assert Validation("some", heldout, generated).validated is wanted
+
+
+def test_several_judges_are_as_good_as_the_worst():
+    first, second = Validation("some", 0.9, 0.7), Validation("some", 0.85, 0.95)
+    assert Validation.of_all([first, second]) == Validation("some", 0.85, 0.7)
+    unknown = Validation.of_all([first, Validation("some", math.nan, 0.9)])
+    assert math.isnan(unknown.heldout_auroc)
+
+
+def test_texts_of_one_side_validate_no_judge():
+    judge = NgramJudge(GOOD + BAD, LABELS, corpus="reviews")
+    found = validate(judge, (GOOD + BAD, LABELS), (GOOD, torch.ones(5, dtype=torch.bool)))
+    assert math.isnan(found.generated_auroc)
+    assert not found.validated
 
 
 # ----------------------------------------------------------------------------------------- fluency

@@ -1,6 +1,7 @@
 """Both signs: the smaller of two effects, and what signed codes tell of labels unsteered."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,17 @@ from steering_toys import OWN, SITE, dictionary_with, labelled_store, word_direc
 
 from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
-from saelab.steering import signs
+from saelab.steering import scene, signs
+from saelab.steering.evaluator import OWN as OWN_ARM
+from saelab.steering.judges import Validation
+from saelab.steering.rows import Rows
 from saelab.steering.scene import SteeringConfig
 from saelab.steering.signed_codes import best_signed, separated, two_sided
 from saelab.steering.signs import Pair, SignsEvaluator, choose
+from saelab.steering.sweep import Continuations
 from saelab.steering.trial import Response
+
+WRITTEN = (Continuations(("a",), ("b",)),)
 
 
 def response(scores: list[float], usual: float = 0.5) -> Response:
@@ -49,6 +56,26 @@ def test_the_pair_is_chosen_on_the_first_half_and_read_on_the_second():
     assert choose([missed]) is None
 
 
+def test_differences_are_at_equal_doses_too():
+    def pair(dose: float, effect: float) -> Pair:
+        sides = (response(16 * [0.5 + side * effect]) for side in (1, -1))
+        return Pair(*(replace(one, target=dose, written=WRITTEN) for one in sides))
+
+    arms = {
+        OWN_ARM: [pair(0.1, 0.1), pair(0.4, 0.2)],
+        "random": [pair(0.1, 0.3), pair(0.4, 0.05), pair(0.4, math.nan)],
+    }
+    config = CONFIG.model_copy(update={"doses": (0.1, 0.4)})
+    rows = Rows("glad", Validation("some", 0.9, 0.9), 8, "signs", 2, 20, 0, "fluency(some)")
+    found = {(row.name, row.arm): row.value for row in SignsEvaluator(config)._steered(rows, arms)}
+    lead = "signs_least_over(random)"
+    assert found[f"{lead}(glad)", OWN_ARM] == pytest.approx(0.2 - 0.3)  # each at its best dose
+    assert found[f"{lead}[dose=0.1](glad)", OWN_ARM] == pytest.approx(0.1 - 0.3)
+    assert found[f"{lead}[dose=0.4](glad)", OWN_ARM] == pytest.approx(0.2 - 0.05)
+    assert found["signs_least[dose=0.4](glad)", "random"] == pytest.approx(0.05)
+    assert found["signs_dose(glad)", "random"] == 0.1
+
+
 # ------------------------------------------------------------------------------------ signed codes
 
 
@@ -79,12 +106,15 @@ def test_a_latent_is_separated_if_its_signs_lie_in_different_documents():
 
 
 CONFIG = SteeringConfig(
-    concepts=("glad",), doses=(1.5,), new_tokens=3, candidates=1, per_label=3, rows=300,
+    concepts=("glad",), doses=(1.5,), new_tokens=6, candidates=1, per_label=3, rows=300,
     resamples=20,
 )  # fmt: skip
 
 
-def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path):
+def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path, monkeypatch):
+    # of the toy's twenty most typical tokens only these are words of the label
+    words = [int(run.ids[0]) for run in toy_model.tokenize([f" {word}" for word in OWN["glad"]])]
+    monkeypatch.setattr(scene, "concept_tokens", lambda *_: words)
     store = labelled_store(tmp_path, toy_model)
     between = word_direction(toy_model, OWN["glad"]) - word_direction(toy_model, OWN["slow"])
     evaluate = SignsEvaluator(CONFIG, SITE)
@@ -104,6 +134,11 @@ def test_a_direction_between_two_labels_carries_both_signs(toy_model, tmp_path):
     lead = found["signs_least_over(covariance)(glad)", "dictionary"]
     assert lead.value == pytest.approx(least["dictionary"] - least["covariance"])
     assert len(lead.replicates) == 20
+    # the only dose is the best one
+    for name in ("least", "opposed", "least_over(covariance)"):
+        at_dose = found[f"signs_{name}[dose=1.5](glad)", "dictionary"].value
+        assert at_dose == found[f"signs_{name}(glad)", "dictionary"].value
+    assert [found["signs_reached[dose=1.5](glad)", arm].value for arm in arms] == [1, 1, 1]
     assert [found["signs_candidates(glad)", arm].value for arm in arms] == [2, 1, 2]
     assert found["signs_auc(glad)", "dictionary"].value > 0.6
     assert 0 < found["signs_two_sided_share(glad)", "dictionary"].value <= 1

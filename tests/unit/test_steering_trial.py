@@ -1,12 +1,13 @@
 """Arms in one trial: the concept that a direction writes is found, and nothing else is."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from saelab.edits import Directions, Handle
+from saelab.edits import Directions, Handle, add
 from saelab.errors import ConfigError
 from saelab.metrics.pooling import Pooled
 from saelab.steering.candidates import (
@@ -16,7 +17,8 @@ from saelab.steering.candidates import (
     concept_tokens,
 )
 from saelab.steering.judges import LexiconJudge
-from saelab.steering.trial import Response, Trial, adding, select, shares
+from saelab.steering.sweep import continuations, dose
+from saelab.steering.trial import Response, Trial, adding, reported_half, select, shares
 
 SITE = "blocks.1.hook_resid_post"
 WORDS = ("can", "may", "will", "must", "should", "would", "could", "did")
@@ -61,19 +63,83 @@ def test_the_concept_is_lifted_by_its_direction_alone(trial, towards):
     assert lift.low <= lift.value == concept.lift <= lift.high
 
 
+def test_an_arm_writes_the_same_alone_and_beside_others(trial, towards):
+    concept = {"concept": adding(towards, [0])}
+    (alone,) = trial.responses(concept, [1.0], largest=200.0)
+    others = {"random": adding(towards, 3 * [1])}
+    *_, beside = trial.responses(others | concept, [1.0], largest=200.0)
+    assert trial._temperature == 1
+    assert alone.written == beside.written
+    # the smaller the dose, the more is written as without it, with the same noise
+    small, large = trial.responses(concept, [1e-4, 3.0], largest=200.0)
+    still = continuations(trial._model, PROMPTS, max_new_tokens=3, temperature=1.0, seed=2)
+    same = [
+        sum(a == b for a, b in zip(one.written[0].texts, still.texts, strict=True))
+        for one in (small, large)
+    ]
+    assert same[0] > same[1]
+
+
+@pytest.mark.parametrize(("n_directions", "n_prompts"), [(20, 16), (20, 8), (10, 12), (2, 3)])
+def test_every_direction_writes_in_both_halves_and_every_prompt_has_its_writers(
+    n_directions, n_prompts
+):
+    dealt = shares(n_directions, n_prompts)
+    writers = min(n_directions, 5)
+    assert all(sum(place in own for own in dealt) == writers for place in range(n_prompts))
+    for half in (reported_half(n_prompts), ~reported_half(n_prompts)):
+        assert all(half[list(own)].any() for own in dealt)
+    if n_directions == 20:
+        assert dealt[0] == (0, 1, 8, 9)[: n_prompts // 4]
+
+
 def test_many_directions_share_the_prompts(trial, towards):
-    assert shares(2, 3) == 2 * [(0, 1, 2)]
-    many = shares(20, 16)
-    assert many[0] == (0, 4, 8, 12)
-    assert all(sum(place in own for own in many) == 5 for place in range(16))
     (found,) = trial.responses({"concept": adding(towards, 10 * [0])}, [3.0], largest=200.0)
-    assert found.asked == 5 * ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert found.asked == 5 * ((0, 1, 4, 5), (2, 3, 6, 7))
     assert [len(one.texts) for one in found.written] == 10 * [4]
     scores = torch.zeros(8).double()
     for own, one in zip(found.asked, found.written, strict=True):
         scores[list(own)] += trial._judge(one.texts).double() / 5
     torch.testing.assert_close(found.sums[:, 0], scores)
     assert torch.equal(found.sums[:, 4], torch.ones(8).double())
+    torch.testing.assert_close(found.per_direction.sum(0), found.sums)
+    torch.testing.assert_close(found.where(reported_half(8)).per_direction.sum(0), found.sums[1::2])
+
+
+def test_the_spread_of_directions_is_in_the_interval():
+    """Twenty directions of which half lift by 1 and half by 0, on every prompt alike."""
+    cells = torch.zeros(20, 16, 5, dtype=torch.float64)
+    for i, own in enumerate(shares(20, 16)):
+        cells[i, list(own), 0], cells[i, list(own), 2:] = float(i < 10), 1
+    cells /= 5
+    both = Response("random", 0.1, (), None, "none", cells.sum(0), (), per_direction=cells)
+    reported, drawn = both.where(reported_half(16)), {"resamples": 400}
+    assert reported.lift == pytest.approx(0.5)
+    error = float(reported.replicates("lift", **drawn).std())
+    assert (
+        0.5 / 20**0.5 < error < 1.5 * 0.5 / 20**0.5
+    )  # prompts, and which directions met, add to it
+    prompts = Response("random", 0.1, (), None, "none", cells.sum(0), ())
+    steady = response(16 * [0.5], 16 * [1.0])
+    assert prompts.over(steady, **drawn).standard_error < both.over(steady, **drawn).standard_error
+    assert both.over(both, **drawn).standard_error == 0
+
+
+def test_a_response_says_how_far_the_concepts_tokens_shift(toy_model, trial, towards):
+    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
+    judge = LexiconJudge({"good": []}, source="one word")
+    asked = Trial(toy_model, PROMPTS, judge, max_new_tokens=3, samples=2, tokens=ids)
+    arms = {"concept": adding(towards, [0]), "both": adding(towards, [0, 1])}
+    concept, both = asked.responses(arms, [1.0], largest=200.0)
+    strengths = [one.strength for one in both.matched]
+    shifts = [
+        dose(toy_model, [add(towards, i, strength)], asked.text, targets=ids).target_shift
+        for i, strength in enumerate(strengths)
+    ]
+    assert concept.target_shift == pytest.approx(shifts[0], rel=1e-4) and shifts[0] > 1
+    assert both.target_shift == pytest.approx(sum(shifts) / 2, rel=1e-4)
+    (other,) = trial.responses({"concept": adding(towards, [0])}, [1.0], largest=200.0)
+    assert other.target_shift is None
 
 
 def test_a_dose_out_of_reach_has_no_score(trial, towards):
@@ -82,6 +148,64 @@ def test_a_dose_out_of_reach_has_no_score(trial, towards):
     assert found.written == ()
     assert math.isnan(found.lift)
     assert found.kl_last_prompt is None
+
+
+class SilentJudge:
+    """Counts two words, but answers for no text of some kinds."""
+
+    name = "sometimes silent"
+
+    def __init__(self, silent) -> None:
+        self._silent = silent
+
+    def __call__(self, texts):
+        scores = LexiconJudge({"good": [], "great": []}, source="two words")(texts)
+        gone = torch.tensor([self._silent(text) for text in texts])
+        return torch.where(gone, math.nan, scores)
+
+
+def test_what_a_judge_does_not_answer_is_missing_and_not_zero(toy_model, towards, trial):
+    (whole,) = trial.responses({"concept": adding(towards, [0])}, [3.0], largest=200.0)
+    texts = whole.written[0].texts
+    mute = set(texts[:3])
+    partly = Trial(
+        toy_model, PROMPTS, SilentJudge(lambda text: text in mute), max_new_tokens=3, samples=2
+    )
+    (found,) = partly.responses({"concept": adding(towards, [0])}, [3.0], largest=200.0)
+    assert found.written[0].texts == texts
+    heard = torch.tensor([text not in mute for text in texts])
+    assert found.sums[:, 2].bool().tolist() == heard.tolist()
+    assert found.n_answered == int(heard.sum()) < 8
+    assert found.missing == pytest.approx(1 - float(heard.double().mean()))
+    scores = trial._judge(texts).double()
+    assert found.lift == pytest.approx(float((scores - partly.unsteered)[heard].mean()))
+    # prompts without an answer count in fluency, as it needs no judge
+    assert found.fluency == whole.fluency
+    assert (whole.n_answered, whole.missing) == (8, 0.0)
+
+
+def test_a_silent_judge_leaves_a_dose_that_was_reached(toy_model, towards):
+    silent = Trial(toy_model, PROMPTS, SilentJudge(lambda _: True), max_new_tokens=3, samples=2)
+    responses = list(silent.responses({"concept": adding(towards, [0])}, [3.0], largest=200.0))
+    found = responses[0]
+    assert (found.n_answered, found.missing) == (0, 1.0)
+    assert math.isnan(found.lift)
+    assert 0 <= found.fluency <= 1
+    assert found.reached
+    assert select(responses) is None
+
+
+def test_a_resample_without_an_answer_is_left_out_of_the_interval():
+    one = response(4 * [0.5], 4 * [1.0])
+    sums = one.sums.clone()
+    sums[1:, 0], sums[1:, 2] = 0.0, 0.0
+    rare = replace(one, sums=sums)
+    drawn = rare.replicates("lift", resamples=50)
+    assert drawn.isnan().any()
+    assert not drawn.isnan().all()
+    interval = rare.interval("lift", resamples=50)
+    assert (interval.low, interval.high, interval.standard_error) == (0.5, 0.5, 0.0)
+    assert math.isfinite(rare.over(one, resamples=50).low)
 
 
 def test_a_prompt_is_an_arm_without_a_dose(trial):
@@ -101,12 +225,12 @@ def response(scores: list[float], fluent: list[float]) -> Response:
 def test_the_best_is_chosen_on_one_half_and_reported_on_the_other():
     good_then_bad = response([1.0, 0.2, 1.0, 0.2], 4 * [1.0])
     steady = response(4 * [0.5], 4 * [1.0])
-    unreached = response(4 * [math.nan], 4 * [math.nan])
+    unreached = replace(steady, sums=torch.full((4, 5), math.nan, dtype=torch.float64))
     found = select([unreached, steady, good_then_bad])
     assert (found.chosen, found.n_candidates) == (2, 3)
     assert found.reported.lift == pytest.approx(0.2)
     assert found.oracle.lift == pytest.approx(0.5)
-    assert found.n_reached == 2
+    assert [one.reached for one in (steady, unreached)] == [True, False]
     assert select([unreached]) is None
     with pytest.raises(ConfigError, match="no response"):
         select([])
@@ -126,7 +250,7 @@ def test_detection_finds_the_latent_and_its_side():
     z[positive, 2] = -3.0
     z[:5, 1] += torch.tensor([1.0, 1, 1, 1, 0])
     first, second = by_detection(pooled(z), positive, 2)
-    assert first == Candidate(2, -1, 1.0)
+    assert first == Candidate(2, -1, 1.0, "detection")
     assert (second.latent, second.sign) == (1, 1)
 
 
@@ -135,9 +259,22 @@ def test_logit_effect_finds_the_direction_that_writes_the_words(toy_model, towar
     opposite = Handle(Directions(-towards.dictionary.W_dec), SITE)
     for handle, sign in ((towards, 1), (opposite, -1)):
         found = by_logit_effect(toy_model, handle, ids, 1)[0]
-        assert (found.latent, found.sign) == (0, sign)
-        effect = toy_model.logit_effect(SITE, handle.dictionary.W_dec)[0, ids].mean()
+        assert (found.latent, found.sign, found.rule) == (0, sign, "logit_effect")
+        unit = torch.nn.functional.normalize(handle.dictionary.W_dec, dim=1)
+        effect = toy_model.logit_effect(SITE, unit)[0, ids].mean()
         assert found.score == pytest.approx(sign * float(effect), rel=1e-5)
+
+
+def test_logit_effect_ranks_directions_as_they_are_steered_whatever_their_length(
+    toy_model, towards
+):
+    ids = [int(run.ids[0]) for run in toy_model.tokenize([" good", " great"])]
+    concept, other = towards.dictionary.W_dec
+    rescaled = Handle(Directions(torch.stack([0.01 * concept, 100 * other])), SITE)
+    wanted = by_logit_effect(toy_model, towards, ids, 2)
+    found = by_logit_effect(toy_model, rescaled, ids, 2)
+    assert [one.latent for one in found] == [one.latent for one in wanted] == [0, 1]
+    assert [one.score for one in found] == pytest.approx([one.score for one in wanted], rel=1e-4)
 
 
 def test_the_lexicon_is_what_only_the_concepts_documents_say(toy_model):
