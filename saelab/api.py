@@ -347,7 +347,7 @@ _load_once = functools.lru_cache(maxsize=2)(load_model)
 def _evaluator(name: str, config: Config, site: str) -> Evaluator:
     """Return the evaluator that a run's dictionaries of one site share: it keeps their controls."""
     kind = _EVALUATORS[name]
-    return kind(config, site, load=_load_once) if kind in READING else kind(config, site)
+    return kind(config, site, **({"load": _load_once} if kind in READING else {}))
 
 
 def write_results(
@@ -363,13 +363,10 @@ def write_results(
     manifest = read_manifest(dictionary)
     activations, site = open_store(path), manifest.facts["site"]
     origin = {
-        "dictionary": manifest.content_hash,
-        "store": activations.content_hash,
-        "model": activations.model_fingerprint,
-        "site": site,
-    }
-    device = model.device if model is not None else torch.device("cpu")
-    loaded = dictionaries.load(dictionary).to(device)
+        "dictionary": manifest.content_hash, "store": activations.content_hash,
+        "model": activations.model_fingerprint, "site": site,
+    }  # fmt: skip
+    loaded = dictionaries.load(dictionary).to(model.device if model is not None else "cpu")
     rows: list[ResultRow] = []
     for name in evals:
         with spinner(f"evaluate {name}"):
@@ -392,8 +389,8 @@ def write_features(
         "model": source.facts.get("model"),
         "store": source.content_hash,
     }
-    device = model.device if model is not None else torch.device("cpu")
-    loaded, site = dictionaries.load(dictionary).to(device), manifest.facts["site"]
+    loaded = dictionaries.load(dictionary).to(model.device if model is not None else "cpu")
+    site = manifest.facts["site"]
     with Bar("index", 100, "%") as bar:
         return build(
             draft, loaded, open_store(path), model, config,

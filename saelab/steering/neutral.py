@@ -60,7 +60,7 @@ def corpus_windows(config: NeutralConfig, model: LanguageModel, site: str) -> Ne
         source=config.source, text_field=config.text_field, context=config.context, holdout=0,
         min_tail=config.context, tokens=config.windows * config.context,
     )  # fmt: skip
-    store = OnlineStore(model, corpus, HarvestConfig(sites=(site,)))
+    store = OnlineStore(model, corpus, HarvestConfig.parse({"sites": [site]}))
     return _neutral(config.source, list(store.windows(site)), model)
 
 
