@@ -186,9 +186,12 @@ def _facts(truth: Truth, config: RankingConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def require_able(effects_folder: Path) -> None:
-    """Raise TaskError if effects were forced on a model that cannot do the task."""
-    ability.require_able(TaskScore(**read_manifest(effects_folder).facts["ability"]))
+def require_able(folder: Path, *, force: bool = False) -> None:
+    """Raise TaskError, unless forced, if a finished artifact is of a task that the model cannot do.
+
+    Whoever finds an artifact asks this again: it may have been forced when it was made.
+    """
+    ability.require_able(TaskScore(**read_manifest(folder).facts["ability"]), force=force)
 
 
 def check_dictionary(codes: CodesConfig) -> None:

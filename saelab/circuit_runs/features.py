@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saelab import artifacts
 from saelab.artifacts import Draft, Manifest, canonical_line
+from saelab.circuit_runs import api as circuits_api
 from saelab.circuit_runs.config import FeaturesConfig
 from saelab.circuit_runs.inputs import (
     check_sites,
@@ -80,7 +81,9 @@ def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
     def fill(draft: Draft) -> dict[str, Any]:
         return _write_circuit(draft, model, config, by_site)
 
-    return find_or_make(config, "circuit", inputs, list(chosen), fill, wait=wait)
+    found = find_or_make(config, "circuit", inputs, list(chosen), fill, wait=wait)
+    circuits_api.require_able(found, force=config.task.force)
+    return found
 
 
 def _write_circuit(
@@ -115,6 +118,7 @@ def _write_circuit(
     return {
         "task": config.task.name,
         "metric": data.metric,
+        "ability": vars(able),
         "attributes": {name: list(values) for name, values in tested.attributes.items()},
         "model": config.model.plain() | {"name": model.name},
         "sites": list(own),

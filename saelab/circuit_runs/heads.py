@@ -122,8 +122,7 @@ class Heads:
                     draft, self.model, inputs, force=config.force
                 )
             )  # fmt: skip
-            if not config.force:
-                circuits_api.require_able(self._known[work.key])
+            circuits_api.require_able(self._known[work.key], force=config.force)
         return self._known[work.key]
 
     def _heads(self, task: str, truths: dict[tuple[str, str], dict[str, Path]]) -> None:

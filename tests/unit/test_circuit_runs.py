@@ -19,6 +19,7 @@ from saelab.circuit_runs.config import (
 )
 from saelab.circuit_runs.inputs import chosen_dictionaries, parted
 from saelab.circuit_runs.report import circuit_tables, supervised_table
+from saelab.circuits.ability import TaskScore
 from saelab.circuits.contrast import contrast_of
 from saelab.circuits.viewer import schema
 from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
@@ -184,6 +185,26 @@ def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched,
     task = {"name": "ioi", "pairs": 4, "test_pairs": 4}
     with pytest.raises(TaskError, match="cannot do the task"):
         circuits_features.features(features_config(out, paths, task=task))
+
+
+def test_what_was_forced_is_refused_without_force_also_when_it_is_found(
+    made, patched, monkeypatch, tmp_path
+):
+    unable = TaskScore("ioi", "logit_difference", 9, 0.4, 0.1, 0.5, 0.1, 0.2, 0.0, 0.1, 0.2)
+    _, paths, _ = made
+    circuit = features_config(tmp_path, paths, name="forced")
+    labels = supervised_config(tmp_path, paths[1:])
+    for runs, run, config in (
+        (circuits_features, circuits_features.features, circuit),
+        (circuits_supervised, circuits_supervised.supervised, labels),
+    ):
+        monkeypatch.setattr(runs, "score", lambda *_, **__: unable)
+        plain = config.model_copy(update={"task": config.task.model_copy(update={"force": False})})
+        with pytest.raises(TaskError, match="40% right of 9"):
+            run(plain)
+        assert run(config) == run(config)
+        with pytest.raises(TaskError, match="40% right of 9"):
+            run(plain)
 
 
 def test_a_supervised_run_scores_every_arm(made, patched):
