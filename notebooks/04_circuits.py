@@ -142,7 +142,7 @@ truth = Truth(
 )  # fmt: skip
 codes = CodesConfig.parse(SETUP["codes"])
 ranking = RankingConfig(precision_at=[SETUP["best"]], cutoffs=[0.05], least=1)
-scores = [*score_heads(model, SETUP["task"], codes, code_fitter(codes)), *causal_scores(truth)]
+scores = [*score_heads(model, data, codes, code_fitter(codes)), *causal_scores(truth)]
 agreement = pd.DataFrame([compare(score, truth, ranking) for score in scores])
 shown = ["kendall", f"precision@{SETUP['best']}"]
 agreement.groupby(["group", "method"])[shown].mean().sort_values("kendall", ascending=False)

@@ -146,20 +146,20 @@ def write_heads(
     `truths` gives the folders of effects by position and direction, and then by method.
     """
     causal, codes, ranks = config
+    data = tasks.draw(task, model, causal.pairs, seed=causal.seed)
     known = [_truth(*place, folders) for place, folders in truths.items()]
     fit = code_fitter(codes)
     rows = []
     total = codes.draws * len(codes.negatives) * len(codes.examples)
     with Bar(f"{task}: scores of heads", total, "sets") as bar:
         seen = set[tuple[Any, ...]]()
-        for scored in heads.score_heads(model, task, codes, fit):
+        for scored in heads.score_heads(model, data, codes, fit):
             rows += [heads.compare(scored, truth, ranks) for truth in known]
             seen.add((scored.draw, scored.negatives, scored.examples))
             bar.update(len(seen))
     for truth in known:
         rows += [heads.compare(scored, truth, ranks) for scored in heads.causal_scores(truth)]
     draft.write("results.jsonl", b"".join(canonical_line(row) for row in rows))
-    data = tasks.draw(task, model, causal.pairs, seed=causal.seed)
     return {
         "task": task,
         "n_results": len(rows),

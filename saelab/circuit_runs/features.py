@@ -7,6 +7,7 @@ its curves in `results.jsonl`, and `viewer.json` for circuit-tracer's viewer.
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from saelab.circuits.contrast import Contrast, contrast_of
 from saelab.circuits.curves import Curves
 from saelab.circuits.edges import check_budget
 from saelab.circuits.graph import Graph, build, positions, read_graph
-from saelab.circuits.tasks import TaskData, draw
+from saelab.circuits.tasks import TaskData, distinct, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
 from saelab.errors import ArtifactError, ConfigError
 from saelab.protocols import LanguageModel
@@ -92,7 +93,8 @@ def _write_circuit(
     """Find a circuit and measure it; return the manifest's facts."""
     own = {site: load_dictionary(path, model) for site, path in by_site.items()}
     n = config.task.pairs + config.task.test_pairs
-    data = draw(config.task.name, model, n, seed=config.task.seed)
+    stream = partial(draw, config.task.name, model, seed=config.task.seed)
+    data = distinct(stream, n)
     able = score(model, data, batch=config.attribution.batch)
     log.info("%s", able)
     require_able(able, force=config.task.force)

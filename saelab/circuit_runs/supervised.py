@@ -5,6 +5,7 @@ A *supervised* artifact holds `results.jsonl`.
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from saelab.circuit_runs.inputs import (
 from saelab.circuits import examples
 from saelab.circuits.ability import require_able, score
 from saelab.circuits.supervised import SupervisedEvaluation
-from saelab.circuits.tasks import TaskData, draw
+from saelab.circuits.tasks import TaskData, distinct, draw
 from saelab.circuits.vectors import vectors
 from saelab.errors import ConfigError
 from saelab.protocols import Dictionary, GradientTrained, LanguageModel
@@ -77,7 +78,8 @@ def _write_supervised(
 ) -> dict[str, Any]:
     """Hold dictionaries against labels; return the manifest's facts."""
     n = config.task.fit + config.task.test
-    data = draw(config.task.name, model, n, seed=config.task.seed)
+    stream = partial(draw, config.task.name, model, seed=config.task.seed)
+    data = distinct(stream, n)
     test, fit = (data.rows(rows) for rows in parted(data, config.task.test))
     able = score(model, test, batch=config.supervised.batch)
     log.info("%s", able)

@@ -7,6 +7,7 @@ that scores of last outputs can see.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -108,16 +109,18 @@ class Scored:
 
 
 def score_heads(
-    model: PatchableModel, task: str, config: CodesConfig, fit: Fit
+    model: PatchableModel, truth: TaskData, config: CodesConfig, fit: Fit
 ) -> Iterator[Scored]:
     """Yield the codes' scores and the observational baselines, draw by draw.
 
-    Raises what `tasks.draw` and `head_outputs` do.
+    No draw has a prompt of `truth`, on which effects were measured. Raises what `tasks.distinct`
+    and `head_outputs` do.
     """
     layers = torch.tensor([c.layer for c in components_of(model, "heads")])
     most = max(config.examples)
     for draw in range(config.draws):
-        data = tasks.draw(task, model, most, seed=config.first_seed + draw)
+        stream = partial(tasks.draw, truth.name, model, seed=config.first_seed + draw)
+        data = tasks.distinct(stream, most, known=truth)
         started = now()
         positive = head_outputs(model, data, "clean")
         passes = now() - started

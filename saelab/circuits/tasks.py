@@ -7,7 +7,7 @@ positions: versions can be patched into each other, and averages be taken by slo
 
 import random
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -31,6 +31,8 @@ ALL = "all"
 """In place of a slot's name: every position."""
 END = "end"
 """Slot of the last position: the one whose logits answer."""
+_DOUBLINGS = 6
+"""How often a draw is repeated with twice the examples, for prompts that are all different."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ TASKS: dict[str, Task] = {
 
 
 def draw(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
-    """Return `n` examples of a task, its templates in turn.
+    """Return `n` examples of a task, its templates in turn; more of them begin with these.
 
     Raises ConfigError for an unknown task, and TaskError if the tokenizer has too few words that
     are single tokens.
@@ -174,6 +176,42 @@ def draw(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
     chance = random.Random(seed)  # noqa: S311 (examples, no secret)
     found = list(islice(task.examples(tokenizer, chance), n))
     return encode(tokenizer, name, task.metric, found, seed=seed)
+
+
+def distinct(
+    drawn: Callable[[int], TaskData], n: int, *, known: TaskData | None = None
+) -> TaskData:
+    """Return the first `n` rows of a draw whose clean prompts differ from each other's, and from
+    those of `known`.
+
+    `drawn` gives as many examples as it is asked for, more of them beginning with the same ones, as
+    `draw` does with its seed. Raises TaskError if there are too few different prompts.
+    """
+    seen = set() if known is None else set(_prompts(known))
+    size = n
+    for _ in range(_DOUBLINGS + 1):
+        data = drawn(size)
+        rows = _unseen(_prompts(data), seen)
+        if len(rows) >= n:
+            return data.rows(torch.tensor(rows[:n]))
+        size *= 2
+    raise TaskError(
+        f"{n} prompts of {data.name} were wanted that differ from each other"
+        f"{'' if known is None else f' and from {len(known)} others'}, but {size // 2} draws gave "
+        f"{len(rows)}; ask for fewer, or take a task with more words"
+    )
+
+
+def _prompts(data: TaskData) -> list[tuple[int, ...]]:
+    """Return the clean prompts, without padding."""
+    rows = zip(data.clean.tolist(), data.lengths.tolist(), strict=True)
+    return [tuple(prompt[:length]) for prompt, length in rows]
+
+
+def _unseen(prompts: Sequence[tuple[int, ...]], known: Collection[tuple[int, ...]]) -> list[int]:
+    """Return the row at which each prompt that is not known stands first."""
+    first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
+    return sorted(row for prompt, row in first.items() if prompt not in known)
 
 
 def encode(

@@ -60,7 +60,7 @@ def supervised_config(out, paths):
         {
             "name": "toy-labels", "model": {"source": "toy"}, "out": out,
             "dictionaries": list(paths),
-            "task": {"name": "ioi", "fit": 160, "test": 8, "force": True},
+            "task": {"name": "ioi", "fit": 120, "test": 8, "force": True},
             "supervised": {"budgets": [2], "slots": ["end"], "batch": 32, "shrink": [1, 0]},
             "random_decoder": {"d_sae": 48, "k": 4},
         }
@@ -112,6 +112,39 @@ def test_discovery_and_test_share_no_prompt_and_both_have_every_template(toy_mod
     first, second = parted(data, 8)
     assert len(first) == 8 and sorted([*first.tolist(), *second.tolist()]) == list(range(24))
     assert set(data.templates[first].tolist()) == set(data.templates[second].tolist()) == {0, 1}
+
+
+def prompts(data):
+    rows = zip(data.clean.tolist(), data.lengths.tolist(), strict=True)
+    return [tuple(prompt[:length]) for prompt, length in rows]
+
+
+class Seen(Exception):
+    pass
+
+
+def test_no_prompt_is_both_found_on_and_tested_on(made, patched, monkeypatch, toy_model, tmp_path):
+    _, paths, _ = made
+    task = {"name": "ioi", "pairs": 60, "test_pairs": 60, "force": True}
+    plain = prompts(circuit_prompts.draw("ioi", toy_model, 120, seed=0))
+    assert len(set(plain)) < len(plain), "words are so few that a draw repeats itself"
+
+    def pairs(data, **_):
+        raise Seen(data)
+
+    def evaluation(model, site, fit, test, *_, **__):
+        raise Seen(fit, test)
+
+    monkeypatch.setattr(circuits_features, "contrast_of", pairs)
+    with pytest.raises(Seen) as seen:
+        circuits_features.features(features_config(tmp_path, paths, task=task))
+    (data,) = seen.value.args
+    assert len(data) == len(set(prompts(data))) == 120
+    monkeypatch.setattr(circuits_supervised, "SupervisedEvaluation", evaluation)
+    with pytest.raises(Seen) as seen:
+        circuits_supervised.supervised(supervised_config(tmp_path, paths[1:]))
+    fit, test = map(prompts, seen.value.args)
+    assert (len(fit), len(test)) == (120, 8) and not set(fit) & set(test)
 
 
 def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, patched, toy_model):

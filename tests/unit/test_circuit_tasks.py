@@ -105,6 +105,46 @@ def test_an_unknown_task_is_refused_with_the_nearest():
         draw("docstrings")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_more_examples_of_a_seed_begin_with_the_same_ones(name):
+    tokenizer = WordTokenizer()
+    few, many = (tasks.draw(name, tokenizer, n, seed=0) for n in (6, 40))
+    first = many.rows(torch.arange(6))
+    width = few.clean.shape[1]
+    for version in ("clean", "corrupted", "unpredictable", "off_task"):
+        assert torch.equal(getattr(first, version)[:, :width], getattr(few, version))
+    assert torch.equal(first.templates, few.templates)
+    assert first.attributes == few.attributes
+
+
+def prompts(data):
+    return [row[:n] for row, n in zip(data.clean.tolist(), data.lengths.tolist(), strict=True)]
+
+
+def test_prompts_that_were_seen_are_replaced_by_those_that_follow(monkeypatch):
+    from saelab.circuits import examples
+
+    monkeypatch.setattr(examples, "_NOUNS", ("key/keys", "book/books", "door/doors"))
+    monkeypatch.setattr(examples, "_LINKS", ("near", "by"))
+    tokenizer = WordTokenizer()  # 3 · 2 subjects, 2 · 2 attractors, 2 links: 48 prompts
+
+    def stream(n):
+        return tasks.draw("agreement", tokenizer, n, seed=0)
+
+    truth = tasks.draw("agreement", tokenizer, 16, seed=5)
+    plain = prompts(stream(400))
+    assert any(p in prompts(truth) for p in plain[:20])
+    found = tasks.distinct(stream, 20, known=truth)
+    expected = [p for p in dict.fromkeys(map(tuple, plain)) if list(p) not in prompts(truth)]
+    assert [tuple(p) for p in prompts(found)] == expected[:20]
+    assert len(tasks.distinct(stream, 48)) == 48
+    with pytest.raises(TaskError, match=r"49 prompts of agreement .* 3136 draws gave 48"):
+        tasks.distinct(stream, 49)
+    with pytest.raises(TaskError, match="and from 16 others"):
+        tasks.distinct(stream, 48, known=truth)
+    assert torch.equal(tasks.distinct(stream, 2).clean, stream(2).clean)
+
+
 def example(**changes):
     fills = {"who": "Anna", "what": "book"}
     return Example("The {who} has a {what} for", fills, fills, fills, ["her"], ["him"], **changes)
