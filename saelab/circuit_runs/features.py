@@ -190,7 +190,7 @@ def _circuit_rows(able: TaskScore, measured: Curves, config: FeaturesConfig) -> 
     for arm in (curves_of.CIRCUIT, curves_of.LATENTS):
         reached = measured.nodes_at(config.curves.enough, arm)
         if reached is not None:
-            yield row(f"nodes_at_{config.curves.enough:.0%}", reached, None, arm, "nodes")
+            yield row(f"nodes_at_{config.curves.enough:.0%}", float(reached), None, arm, "nodes")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from saelab.circuits.nodes import Place, places, ranked
 from saelab.errors import ArtifactError
 from saelab.protocols import LanguageModel
 
-SCHEMA = 1
+SCHEMA = 2
 METRIC = "metric"
 """Id of the node at which edges end."""
 

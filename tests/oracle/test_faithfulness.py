@@ -69,6 +69,20 @@ def test_the_empty_circuit_holds_each_sites_mean_whatever_the_dictionary(linear,
     torch.testing.assert_close(measure.empty, expected.double(), atol=1e-3, rtol=1e-3)
 
 
+def test_a_node_outside_takes_the_mean_of_its_own_template(linear, contrast):
+    """Two templates with a slot of one name, whose tokens have nothing in common."""
+    mixed = replace(contrast, templates=torch.arange(len(contrast)) % 2)
+    own = Faithfulness(linear, mixed, {LAST: linear_codes(3, 5)}, batch=4)
+    x = linear.capture(contrast.corrupted, [LAST])[LAST]
+    mean = torch.stack([x[0::2].mean(0), x[1::2].mean(0)])[mixed.templates]
+    put = torch.cat([linear.capture(contrast.clean, [LAST])[LAST][:, :1], mean[:, 1:]], 1)
+    expected = contrast.measure(linear.logits(contrast.clean, {LAST: lambda y: put[: len(y)]}))
+    torch.testing.assert_close(own.empty, expected.double(), atol=1e-3, rtol=1e-3)
+    pooled = Faithfulness(linear, contrast, {LAST: linear_codes(3, 5)}, batch=4)
+    assert float((own.empty - pooled.empty).abs().max()) > 0.1
+    assert own.means[LAST].f.shape == (2, contrast.n_slots, 5)
+
+
 def test_a_circuit_is_what_running_the_model_node_by_node_gives(linear, contrast, measure):
     own = dictionaries()
     generator = torch.Generator().manual_seed(5)
@@ -203,6 +217,7 @@ def test_tasks_become_pairs_with_a_slot_for_every_position():
     assert torch.equal(some.slots, contrast.slots[:2])
     with pytest.raises(ConfigError, match="those known"):
         contrast_of(data, slot_names=("s2", "end"))
+    assert torch.equal(some.template_of, data.templates[:2])
     part = contrast.select(torch.tensor([4, 1])).select(torch.tensor([1]))
     torch.testing.assert_close(part.measure(logits[[1]]), contrast.measure(logits)[[1]])
 
@@ -212,6 +227,8 @@ def test_prompts_that_do_not_fit_are_refused(contrast):
         replace(contrast, corrupted=contrast.clean[:, :-1])
     with pytest.raises(ConfigError, match="no prompt"):
         replace(contrast, slots=torch.full_like(contrast.slots, -1))
+    with pytest.raises(ShapeError, match="2 pairs have a template"):
+        replace(contrast, templates=torch.tensor([0, 1]))
     with pytest.raises(ShapeError, match="no name"):
         replace(contrast, slot_names=("a",))
     wrong = Contrast(

@@ -82,7 +82,7 @@ def test_a_circuit_holds_its_graph_its_numbers_and_what_runs_it_again(made):
     names = [artifacts.read_manifest(path).name for path in paths]
     assert [site.dictionary for site in graph.sites] == names
     assert all(site.content_hash for site in graph.sites)
-    assert circuit.means[LAST].f.shape == (len(graph.slots), 24)
+    assert circuit.means[LAST].f.shape == (2, len(graph.slots), 24)
     assert contrast_of(circuit.prompts, slot_names=graph.slots).n_slots == len(graph.slots)
     assert len(circuit.prompts) == len(circuit.prompts.attributes["io"]) == 12
     rows = {(row["name"], row["arm"]): row for row in read_rows(found)}
