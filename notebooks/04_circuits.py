@@ -238,7 +238,14 @@ show.examples(page.groups[0].examples[:6], caption=top.id)
 # other words. Where a curve stays low for long, ask first what the prompts have in common.
 
 # %%
-figures.faithfulness(read_curves(folder), circuit.manifest.facts["ceiling"])
+figures.curves(read_curves(folder), ceiling=circuit.manifest.facts["ceiling"])
+
+# %% [markdown]
+# *Completeness* is the faithfulness of all nodes that the circuit leaves out: low once nothing that
+# matters is outside.
+
+# %%
+figures.curves(read_curves(folder, "completeness"), "completeness")
 
 # %% [markdown]
 # In a terminal, `saelab app runs/circuits` opens the graph: click a node for its edges and its

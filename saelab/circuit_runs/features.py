@@ -38,7 +38,7 @@ from saelab.circuits.edges import check_budget
 from saelab.circuits.graph import Graph, build, positions, read_graph
 from saelab.circuits.tasks import TaskData, distinct, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
-from saelab.errors import ArtifactError, ConfigError
+from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.protocols import LanguageModel
 from saelab.results import read_rows
 from saelab.stats import ResultRow
@@ -49,7 +49,13 @@ GRAPH, TENSORS = "graph.json", "tensors.safetensors"
 RESULTS, VIEWER = "results.jsonl", "viewer.json"
 CEILING = "all latents, no errors"
 """Arm of the circuit of all latents."""
-VERSION = 1
+CURVES = {
+    "faithfulness": "faithfulness",
+    "completeness": "faithfulness of all other nodes",
+    "faithfulness_of_ceiling": "share of the ceiling",
+}
+"""What is measured of circuits of growing size: names of rows, and what they are called."""
+VERSION = 2
 """Of the rows of a circuit's results."""
 
 
@@ -228,19 +234,24 @@ def open_circuit(path: Path) -> Circuit:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The faithfulness of one measured circuit."""
+    """One number of one measured circuit."""
 
     n_nodes: int
     value: float
     standard_error: float | None
 
 
-def read_curves(path: Path) -> dict[str, list[CurvePoint]]:
-    """Return the circuits that a finished circuit's curves are of: by arm, smallest first."""
+def read_curves(path: Path, name: str = "faithfulness") -> dict[str, list[CurvePoint]]:
+    """Return the curves of one of `CURVES` of a finished circuit: by arm, smallest first.
+
+    Arms of which it is not measured are left out. Raises ConfigError for another name.
+    """
+    if name not in CURVES:
+        raise ConfigError(f"circuits have no curve {name!r}; {nearest(name, list(CURVES))}")
     found: dict[str, list[CurvePoint]] = {}
     for row in read_rows(path):
         arm, is_point, n = row["arm"].partition("(n=")
-        if row["name"] == "faithfulness" and is_point:
+        if row["name"] == name and is_point:
             point = CurvePoint(int(n.rstrip(")")), row["value"], row["standard_error"])
             found.setdefault(arm, []).append(point)
     return {arm: sorted(points, key=lambda p: p.n_nodes) for arm, points in found.items()}

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.artifacts import read_json, read_manifest
-from saelab.circuit_runs.features import CEILING, read_curves
+from saelab.circuit_runs.features import CEILING, CURVES, CurvePoint, read_curves
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.graph import Graph
 from saelab.report import pretty, table
@@ -122,17 +122,23 @@ def effects_line(folder: Path) -> str:
 
 def circuit_tables(path: Path, graph: Graph, top: int) -> Group:
     """Return a circuit's curves and its strongest nodes."""
-    curves = read_curves(path)
-    sizes = sorted({point.n_nodes for points in curves.values() for point in points})
-    shares = table("faithfulness of n nodes", *(str(n) for n in sizes))
-    for arm, points in curves.items():
-        own = {p.n_nodes: pretty(p.value, p.standard_error) for p in points}
-        shares.add_row(arm, *(own.get(n, "") for n in sizes))
+    parts: list[Text | Table] = [Text(line) for line in _circuit_facts(path, graph)]
+    for name, title in CURVES.items():
+        parts += [Text(), _curve_table(title, read_curves(path, name))]
     nodes = table("node", "effect", "activation")
     for node in graph.nodes[:top]:
         nodes.add_row(node.id, pretty(node.effect, node.standard_error), pretty(node.activation))
-    facts = [Text(line) for line in _circuit_facts(path, graph)]
-    return Group(*facts, Text(), shares, Text(), nodes, Text(), Text(str(path)))
+    return Group(*parts, Text(), nodes, Text(), Text(str(path)))
+
+
+def _curve_table(title: str, curves: Mapping[str, Sequence[CurvePoint]]) -> Table:
+    """Return one measure of circuits of growing size, an arm a row."""
+    sizes = sorted({point.n_nodes for points in curves.values() for point in points})
+    found = table(f"{title}, of n nodes", *(str(n) for n in sizes))
+    for arm, points in curves.items():
+        own = {p.n_nodes: pretty(p.value, p.standard_error) for p in points}
+        found.add_row(arm, *(own.get(n, "") for n in sizes))
+    return found
 
 
 def _circuit_facts(path: Path, graph: Graph) -> list[str]:

@@ -174,9 +174,12 @@ class Faithfulness:
         """Return a circuit's faithfulness."""
         return self.share(self.metric(kept))
 
-    def completeness(self, kept: Kept) -> Share:
-        """Return the faithfulness of everything else: low where the circuit is complete."""
-        return self.of(without(kept))
+    def completeness(self, kept: Kept, *, errors: bool = True) -> Share:
+        """Return the faithfulness of everything else: low where the circuit is complete.
+
+        Without `errors` of all other latents, every error at its mean: from the ceiling down to 0.
+        """
+        return self.of(without(kept, errors=errors))
 
     def ceiling(self) -> Float[Tensor, " n"]:
         """Return the metric with all latents and no error node."""

@@ -125,6 +125,21 @@ def test_faithfulness_with_its_error_does_not_depend_on_the_batch(linear, contra
     torch.testing.assert_close(measure.metric(kept), measure.ceiling())
 
 
+def test_without_errors_what_is_left_goes_from_the_ceiling_to_nothing(measure):
+    everything, nothing = measure.everything, without(measure.everything)
+    ceiling = measure.share(measure.ceiling()).value
+    assert measure.completeness(nothing, errors=False).value == pytest.approx(ceiling)
+    assert measure.completeness(everything, errors=False).value == 0.0
+    half = {site: mask.clone() for site, mask in nothing.items()}
+    half[LAST][:, 0] = True
+    others = {site: mask.clone() for site, mask in everything.items()}
+    for mask in others.values():
+        mask[:, -1] = False
+    others[LAST][:, 0] = False
+    found = measure.completeness(half, errors=False).value
+    assert found == pytest.approx(measure.of(others).value) and found != pytest.approx(ceiling)
+
+
 def test_a_metric_within_noise_has_no_faithfulness(linear, contrast):
     same = replace(contrast, corrupted=contrast.clean)
     one_prompt = same.select(torch.tensor([0, 0, 0]))
@@ -144,6 +159,8 @@ def test_curves_reach_one_with_errors_and_the_ceiling_without(linear, contrast, 
     assert set(last) == {CIRCUIT, LATENTS, "by activation", "random 0", "neurons", "pca"}
     assert last[CIRCUIT].faithfulness.value == pytest.approx(1, abs=1e-4)
     assert last[CIRCUIT].completeness.value == pytest.approx(0, abs=1e-4)
+    assert last[LATENTS].completeness.value == pytest.approx(0, abs=1e-4)
+    assert all(p.completeness is None for p in found.points if p.arm not in (CIRCUIT, LATENTS))
     for arm in (LATENTS, "by activation", "random 0"):
         assert last[arm].faithfulness.value == pytest.approx(found.ceiling.value, abs=1e-4)
         assert last[arm].of_ceiling.value == pytest.approx(1, abs=1e-4)

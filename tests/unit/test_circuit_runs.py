@@ -88,6 +88,7 @@ def test_a_circuit_holds_its_graph_its_numbers_and_what_runs_it_again(made):
     rows = {(row["name"], row["arm"]): row for row in read_rows(found)}
     assert ("faithfulness", "all latents, no errors") in rows
     assert ("completeness", "circuit(n=4)") in rows
+    assert ("completeness", "circuit, no errors(n=4)") in rows
     assert ("faithfulness", "pca(n=4)") in rows
     assert {p.stage for p in manifest.parents} == {"dictionary"}
 
@@ -105,6 +106,25 @@ def test_the_tables_say_what_was_found(made):
     console.print(circuit_tables(found, graph, 3))
     text = console.export_text()
     assert graph.nodes[0].id in text and "ceiling" in text and "by activation" in text
+    for title in circuits_features.CURVES.values():
+        assert f"{title}, of n nodes" in text
+
+
+def test_curves_are_read_back_by_what_they_measure(made):
+    _, _, found = made
+    rows = {(row["name"], row["arm"]): row["value"] for row in read_rows(found)}
+    arms = {"completeness": {"circuit", "circuit, no errors"}}
+    arms["faithfulness_of_ceiling"] = {"circuit, no errors", "by activation", "random 0"}
+    arms["faithfulness"] = (
+        arms["completeness"] | arms["faithfulness_of_ceiling"] | {"neurons", "pca"}
+    )
+    for name, expected in arms.items():
+        curves = circuits_features.read_curves(found, name)
+        assert set(curves) == expected
+        for arm, (point,) in curves.items():
+            assert (point.n_nodes, point.value) == (4, rows[name, f"{arm}(n=4)"])
+    with pytest.raises(ConfigError, match="did you mean 'completeness'"):
+        circuits_features.read_curves(found, "completness")
 
 
 def test_discovery_and_test_share_no_prompt_and_both_have_every_template(toy_model):
