@@ -147,6 +147,8 @@ def _circuit_facts(path: Path, graph: Graph) -> list[str]:
     lines = [
         f"{graph.name}: metric {graph.clean:.3g} on clean and {graph.corrupted:.3g} on corrupted "
         f"prompts; {len(graph.nodes)} nodes have {graph.share:.0%} of all effects",
+        f"what nodes send on is {graph.mismatch:.0%} off their effects (Σ|outflow − effect| / "
+        "Σ|effect|)",
         f"ceiling without error nodes: {pretty(ceiling['value'], ceiling['standard_error'])}",
     ]
     return lines + [

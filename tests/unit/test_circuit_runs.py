@@ -106,6 +106,7 @@ def test_the_tables_say_what_was_found(made):
     console.print(circuit_tables(found, graph, 3))
     text = console.export_text()
     assert graph.nodes[0].id in text and "ceiling" in text and "by activation" in text
+    assert "what nodes send on is 0% off their effects" in text
     for title in circuits_features.CURVES.values():
         assert f"{title}, of n nodes" in text
 
