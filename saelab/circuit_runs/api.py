@@ -20,7 +20,7 @@ from saelab.circuits.heads import CodesConfig, EffectsConfig, Truth
 from saelab.circuits.patching import Direction, PatchConfig
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig
-from saelab.errors import ConfigError, TaskError
+from saelab.errors import ConfigError, SiteError, TaskError
 from saelab.progress import Bar
 
 GRADIENT = "attribution_patching"
@@ -30,9 +30,13 @@ EFFECTS = "effects.safetensors"
 
 
 def load_model(source: str, dtype: str, device: torch.device) -> PatchableModel:
-    """Load a model whose heads can be patched."""
+    """Load a model whose heads can be patched. Raises SiteError if it cannot be entered midway."""
     model = api.load_model(source, dtype=dtype, device=device)
-    assert isinstance(model, PatchableModel)
+    if not isinstance(model, PatchableModel):
+        raise SiteError(
+            f"patching goes on from the middle of a model, but {model.name} has no `remember` and "
+            "`resume` for that; take one that saelab loads, or give yours these two methods"
+        )
     return model
 
 

@@ -8,7 +8,7 @@ that scores of last outputs can see.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -76,8 +76,8 @@ class CodesConfig(Config):
     """How it is trained."""
     normalise: bool = True
     """Centre and scale each head first; raw outputs otherwise."""
-    examples: list[int] = Field(default=[5, 10, 20], min_length=1)
-    """Numbers of positives; as many negatives."""
+    examples: list[Annotated[int, Field(ge=2)]] = Field(default=[5, 10, 20], min_length=1)
+    """Numbers of positives, two at least: a probe is fitted on half; as many negatives."""
     negatives: list[Negatives] = Field(default=["unpredictable", "off_task"], min_length=1)
     """Kinds of negatives, each by itself."""
     draws: PositiveInt = 5

@@ -1,18 +1,20 @@
 """`saelab circuits heads` from a configuration to its tables, on a model whose heads are known."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from fabricated import artifact
 from typer.testing import CliRunner
 
-from saelab import artifacts
+from saelab import api, artifacts
 from saelab.circuit_runs import api as circuits_api
 from saelab.circuit_runs import heads as circuits_run
 from saelab.circuits import ability
 from saelab.cli import app
-from saelab.errors import ConfigError, TaskError
+from saelab.errors import ConfigError, SiteError, TaskError
 
 
 def settings(out, **changes):
@@ -91,6 +93,28 @@ def test_what_a_run_cannot_do_is_said(tmp_path):
         TaskError, match=r"15 words that are single tokens are needed, but toy has \d+"
     ):
         circuits_run.Heads(config).execute()
+
+
+def test_one_example_is_refused_before_anything_is_patched(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"codes\.examples\.1: input should be greater than or eq"
+    ):
+        circuits_run.load_heads(
+            settings(tmp_path, codes=settings(tmp_path)["codes"] | {"examples": [4, 1]})
+        )
+
+
+def test_a_model_that_cannot_do_the_task_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
+    unable = settings(tmp_path, model={"source": "handwired:induction:sharpness=0"})
+    with pytest.raises(TaskError, match="cannot do the task"):
+        circuits_run.Heads(circuits_run.load_heads(unable)).execute()
+
+
+def test_a_model_that_cannot_be_entered_midway_is_refused(monkeypatch):
+    monkeypatch.setattr(api, "load_model", lambda *_, **__: SimpleNamespace(name="closed"))
+    with pytest.raises(SiteError, match="closed has no `remember` and `resume`"):
+        circuits_api.load_model("closed", "float32", torch.device("cpu"))
 
 
 def test_effects_that_were_forced_are_refused_without_force(tmp_path):

@@ -6,7 +6,9 @@ from dataclasses import replace
 import circuit_prompts
 import jsonschema
 import pytest
+import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from saelab import artifacts
 from saelab.circuit_runs import features as circuits_features
@@ -22,6 +24,7 @@ from saelab.circuit_runs.report import circuit_tables, supervised_table
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.contrast import contrast_of
 from saelab.circuits.viewer import schema
+from saelab.cli import app
 from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
 from saelab.results import read_rows
 from saelab.run_config import load_config
@@ -109,6 +112,21 @@ def test_the_tables_say_what_was_found(made):
     assert "what nodes send on is 0% off their effects" in text
     for title in circuits_features.CURVES.values():
         assert f"{title}, of n nodes" in text
+
+
+def invoke(command, config, folder):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
+    result = CliRunner().invoke(app, ["circuits", command, str(path)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_prints_a_circuit(made, patched, tmp_path):
+    out, paths, found = made
+    printed = invoke("features", features_config(out, paths), tmp_path)
+    node = circuits_features.open_circuit(found).graph.nodes[0].id
+    assert node in printed and f"saelab app {out}" in "".join(printed.splitlines())
 
 
 def test_curves_are_read_back_by_what_they_measure(made):
@@ -261,7 +279,7 @@ def test_what_was_forced_is_refused_without_force_also_when_it_is_found(
             run(plain)
 
 
-def test_a_supervised_run_scores_every_arm(made, patched):
+def test_a_supervised_run_scores_every_arm(made, patched, tmp_path):
     out, paths, _ = made
     config = supervised_config(out, [paths[1].parent / "toy-1-0"])
     found = circuits_supervised.supervised(config)
@@ -275,6 +293,8 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     console = Console(width=160, record=True)
     console.print(supervised_table(found))
     assert "necessity" in console.export_text()
+    printed = invoke("supervised", config, tmp_path)
+    assert "necessity" in printed and found.name in printed
     two_sites = config.model_copy(update={"dictionaries": paths})
     with pytest.raises(ConfigError, match="compared at one site"):
         circuits_supervised.supervised(two_sites)
