@@ -19,6 +19,7 @@ from saelab.circuits.discrete_codes import Encode, Fit
 from saelab.circuits.heads import CodesConfig, EffectsConfig, Truth
 from saelab.circuits.patching import Direction, PatchConfig
 from saelab.circuits.protocols import PatchableModel
+from saelab.circuits.published import is_listed
 from saelab.circuits.ranking import RankingConfig
 from saelab.errors import ConfigError, SiteError, TaskError
 from saelab.progress import Bar
@@ -151,7 +152,7 @@ def write_heads(
     """
     causal, codes, ranks = config
     data = tasks.draw(task, model, causal.pairs, seed=causal.seed)
-    known = [_truth(*place, folders) for place, folders in truths.items()]
+    known = [_truth(task, ranks, *place, folders) for place, folders in truths.items()]
     fit = code_fitter(codes)
     rows = []
     total = codes.draws * len(codes.negatives) * len(codes.examples)
@@ -172,9 +173,14 @@ def write_heads(
     }
 
 
-def _truth(position: str, direction: str, folders: Mapping[str, Path]) -> Truth:
+def _truth(
+    task: str, ranks: RankingConfig, position: str, direction: str, folders: Mapping[str, Path]
+) -> Truth:
     held = {name: effects.read(path / EFFECTS) for name, path in folders.items()}
-    return Truth(position, direction, held.pop("truth"), held)
+    exact, listed = held.pop("truth"), None
+    if ranks.published is not None:
+        listed = is_listed(ranks.published, task, exact.components)
+    return Truth(position, direction, exact, held, listed)
 
 
 def _facts(truth: Truth, config: RankingConfig, seed: int) -> dict[str, Any]:

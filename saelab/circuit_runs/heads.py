@@ -17,6 +17,7 @@ from saelab import artifacts, assets
 from saelab.circuit_runs import api as circuits_api
 from saelab.circuits.heads import CodesConfig, EffectsConfig
 from saelab.circuits.protocols import PatchableModel
+from saelab.circuits.published import LISTS
 from saelab.circuits.ranking import RankingConfig
 from saelab.circuits.tasks import TaskName
 from saelab.config import Config, apply_overrides, load_yaml
@@ -50,11 +51,15 @@ class HeadsRun(Config):
     """CPU threads; by default as many as there are cores."""
 
     @model_validator(mode="after")
-    def _published_of_the_task(self) -> "HeadsRun":
-        if self.ranking.published is not None and self.tasks != ["ioi"]:
+    def _published_of_the_tasks(self) -> "HeadsRun":
+        if self.ranking.published is None:
+            return self
+        listed = LISTS[self.ranking.published]
+        others = [task for task in self.tasks if task not in listed]
+        if others:
             raise ValueError(
-                f"ranking.published={self.ranking.published} lists heads of ioi; tasks should be "
-                f"[ioi], but are {self.tasks}"
+                f"ranking.published={self.ranking.published} lists heads of {', '.join(listed)}, "
+                f"but tasks has {', '.join(others)} too; drop that, or leave `published` out"
             )
         return self
 

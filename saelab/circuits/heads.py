@@ -11,7 +11,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
@@ -198,6 +198,8 @@ class Truth:
     effects: Effects
     others: Mapping[str, Effects]
     """Causal baselines, by name."""
+    listed: Bool[Tensor, " heads"] | None = None
+    """Heads that were published for the task, where scores are compared with them."""
 
 
 def compare(scored: Scored, truth: Truth, config: RankingConfig) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def compare(scored: Scored, truth: Truth, config: RankingConfig) -> dict[str, An
     """
     about = {key: value for key, value in vars(scored).items() if key != "scores"}
     place = {"position": truth.position, "direction": truth.direction}
-    return about | place | agreements(scored.scores, truth.effects, config)
+    return about | place | agreements(scored.scores, truth.effects, config, truth.listed)
 
 
 def causal_scores(truth: Truth) -> Iterator[Scored]:

@@ -84,8 +84,8 @@ def test_what_a_run_cannot_do_is_said(tmp_path):
         )
     with pytest.raises(ConfigError, match="also the seed of a draw"):
         circuits_run.load_heads(settings(tmp_path, effects={"seed": 1000}))
-    with pytest.raises(ConfigError, match=r"lists heads of ioi"):
-        circuits_run.load_heads(settings(tmp_path, ranking={"published": "gpt2_small_ioi"}))
+    with pytest.raises(ConfigError, match=r"lists heads of ioi, greater_than, .* has induction"):
+        circuits_run.load_heads(settings(tmp_path, ranking={"published": "gpt2_small"}))
     with pytest.raises(ConfigError, match=r"tasks\.0: input should be"):
         circuits_run.load_heads(settings(tmp_path, tasks=["inductoin"]))
     config = circuits_run.load_heads(settings(tmp_path, model={"source": "toy"}))
