@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from saelab import artifacts, assets
 from saelab.circuit_runs import api as circuits_api
 from saelab.circuits.heads import CodesConfig, EffectsConfig
+from saelab.circuits.paired import ClaimConfig
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.published import LISTS
 from saelab.circuits.ranking import RankingConfig
@@ -41,6 +42,8 @@ class HeadsRun(Config):
     """Discrete codes and the observational baselines."""
     ranking: RankingConfig = RankingConfig()
     """Agreements between scores and truth."""
+    claim: ClaimConfig | None = None
+    """What is claimed of codes, written down before the run; it ends with a verdict."""
     force: bool = False
     """Go on with a task that the model cannot do."""
     out: Path
@@ -61,6 +64,21 @@ class HeadsRun(Config):
                 f"ranking.published={self.ranking.published} lists heads of {', '.join(listed)}, "
                 f"but tasks has {', '.join(others)} too; drop that, or leave `published` out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _claim_of_what_is_run(self) -> "HeadsRun":
+        if self.claim is None:
+            return self
+        for key, run in (
+            ("examples", self.codes.examples), ("negatives", self.codes.negatives),
+            ("position", self.effects.positions), ("direction", self.effects.directions),
+        ):  # fmt: skip
+            if getattr(self.claim, key) not in run:
+                raise ValueError(
+                    f"claim.{key}={getattr(self.claim, key)} is not among what is run: "
+                    f"{', '.join(map(str, run))}; claim one of these"
+                )
         return self
 
     @model_validator(mode="after")
@@ -136,9 +154,13 @@ class Heads:
         folders = dict.fromkeys(path for held in truths.values() for path in held.values())
         parents = [artifacts.parent_of(path) for path in folders]
         settings = (config.effects, config.codes, config.ranking)
+        claim = config.claim and config.claim.plain()
         self._make(
-            Work("heads", f"{config.name}-{task}", inputs, parents),
-            lambda draft: circuits_api.write_heads(draft, self.model, task, truths, settings),
+            Work("heads", f"{config.name}-{task}", inputs | {"claim": claim}, parents),
+            lambda draft: (
+                circuits_api.write_heads(draft, self.model, task, truths, settings)
+                | {"claim": claim}
+            ),
         )
 
     def _make(self, work: Work, fill: Fill) -> Path:

@@ -15,6 +15,7 @@ from saelab.artifacts import read_json, read_manifest
 from saelab.circuit_runs.features import CEILING, CURVES, CurvePoint, read_curves
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.graph import Graph
+from saelab.circuits.paired import ClaimConfig, Paired, against_best
 from saelab.report import pretty, table
 from saelab.results import read_rows
 
@@ -46,7 +47,8 @@ def heads_tables(folder: Path) -> Group:
     """Return, for each truth of a finished `heads` artifact, how well each score agrees with it.
 
     Means over draws and seeds ± their standard error, at the largest number of examples; causal
-    scores have neither. The ceiling is the truth's agreement with itself between halves.
+    scores have neither. The ceiling is the truth's agreement with itself between halves. Below it
+    what codes are better by than the best baseline of the same draw; last the claim's verdict.
     """
     manifest = read_manifest(folder)
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -56,8 +58,43 @@ def heads_tables(folder: Path) -> Group:
         place = {key: truth[key] for key in ("position", "direction")}
         mine = [row for row in rows if all(row[key] == value for key, value in place.items())]
         parts += [_truth_table(manifest.facts["task"], truth, mine), *_errors(truth)]
+        parts.append(_paired_table(place, mine))
     parts.append(Text(_seconds(rows)))
+    if manifest.facts["claim"] is not None:
+        claim = ClaimConfig.parse(manifest.facts["claim"])
+        parts.append(Text(_verdict(manifest.facts["task"], claim, against_best(rows, claim))))
     return Group(*parts)
+
+
+def _paired_table(place: Mapping[str, str], rows: list[dict[str, Any]]) -> Table:
+    """Return what codes are better by than the best baseline of the same draw, by their number of
+    examples: mean and 95 % interval over draws of the difference of Kendall's τ."""
+    codes = {(row["method"], row["negatives"]) for row in rows if row["group"] == "codes"}
+    sizes = sorted({row["examples"] for row in rows if row["examples"] is not None})
+    found = table("codes − best baseline", "negatives", *(f"{n} examples" for n in sizes))
+    found.title = f"kendall, {place['direction']}, {place['position']} position, draw by draw"
+    for method, negatives in sorted(codes):
+        about = {"score": method, "negatives": negatives} | place
+        each = (against_best(rows, ClaimConfig.parse(about | {"examples": n})) for n in sizes)
+        found.add_row(method, negatives, *map(_difference, each))
+    return found
+
+
+def _difference(paired: Paired) -> str:
+    low, high = paired.interval
+    return f"{paired.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _verdict(task: str, claim: ClaimConfig, paired: Paired) -> str:
+    """Return what a claim came to, in a line."""
+    better = sum(difference > 0 for difference in paired.differences)
+    return (
+        f"claim: {claim.score} ranks the heads of {task} better than the best observational "
+        f"baseline ({claim.agreement}, {claim.direction}, {claim.position} position, "
+        f"{claim.examples} examples, {claim.negatives} negatives). {_difference(paired)}, better "
+        f"in {better} of {len(paired.differences)} draws, best baselines "
+        f"{', '.join(dict.fromkeys(paired.best))}: {paired.verdict(claim.smallest)}"
+    )
 
 
 def _errors(truth: dict[str, Any]) -> Iterator[Text]:

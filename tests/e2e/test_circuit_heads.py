@@ -30,6 +30,7 @@ def settings(out, **changes):
             "draws": 1,
         },
         "ranking": {"precision_at": [2], "cutoffs": [0.05], "least": 1},
+        "claim": {"score": "codes", "examples": 4},
         "out": str(out),
         "threads": 1,
     } | changes
@@ -73,6 +74,7 @@ def test_every_score_is_compared_with_every_truth(made):
     for truth in manifest.facts["truths"]:
         assert truth["ceiling"]["kendall"] == pytest.approx(1.0)
         assert truth["counts"]["negatives"] == (2 if truth["position"] == "all" else 3)
+    assert "codes − best baseline" in printed and "undecided (too few draws)" in printed
     for word in ("ceiling", "codes_normalised", "TFLOP", "noising", "of the gap off", "codes took"):
         assert word in printed
 
@@ -80,12 +82,14 @@ def test_every_score_is_compared_with_every_truth(made):
 def test_what_a_run_cannot_do_is_said(tmp_path):
     with pytest.raises(ConfigError, match="leaves no codes to differ"):
         circuits_run.load_heads(
-            settings(tmp_path, codes={"dictionary": {"type": "topk", "d_sae": 4}})
+            settings(tmp_path, codes={"dictionary": {"type": "topk", "d_sae": 4}}, claim=None)
         )
     with pytest.raises(ConfigError, match="also the seed of a draw"):
         circuits_run.load_heads(settings(tmp_path, effects={"seed": 1000}))
     with pytest.raises(ConfigError, match=r"lists heads of ioi, greater_than, .* has induction"):
         circuits_run.load_heads(settings(tmp_path, ranking={"published": "gpt2_small"}))
+    with pytest.raises(ConfigError, match=r"claim\.examples=10 is not among what is run: 4"):
+        circuits_run.load_heads(settings(tmp_path, claim={}))
     with pytest.raises(ConfigError, match=r"tasks\.0: input should be"):
         circuits_run.load_heads(settings(tmp_path, tasks=["inductoin"]))
     config = circuits_run.load_heads(settings(tmp_path, model={"source": "toy"}))
@@ -136,5 +140,6 @@ def test_the_shipped_configuration_fixes_the_scores_and_their_cut_offs():
     config = circuits_run.load_heads("circuits/heads")
     assert config.effects.pairs >= 64 and config.codes.draws >= 5
     assert config.codes.examples == [5, 10, 20]
+    assert (config.codes.draws, config.codes.seeds) == (5, [0]) and config.claim is not None
     assert config.ranking.precision_at == [10, 26]
     assert config.ranking.cutoffs == [0.01, 0.02, 0.05, 0.1] and config.ranking.negligible == 0.005
