@@ -21,6 +21,7 @@ from saelab.circuits.patching import Direction, PatchConfig
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.published import is_listed
 from saelab.circuits.ranking import RankingConfig
+from saelab.circuits.tasks import Draw
 from saelab.errors import ConfigError, SiteError, TaskError
 from saelab.progress import Bar
 
@@ -72,10 +73,16 @@ def code_fitter(codes: CodesConfig) -> Fit:
 
 
 def effects_inputs(
-    fingerprint: str, task: str, config: EffectsConfig, method: Mapping[str, Any]
+    fingerprint: str,
+    task: str,
+    config: EffectsConfig,
+    method: Mapping[str, Any],
+    *,
+    shuffled: bool = False,
 ) -> dict[str, Any]:
     """Return what decides the effects of one method on one task."""
-    return {
+    control = {"shuffled": True} if shuffled else {}
+    return control | {
         "model": fingerprint,
         "task": task,
         "pairs": config.pairs,
@@ -110,7 +117,8 @@ def write_effects(
 
     Raises TaskError with the score if the model cannot do the task, unless forced.
     """
-    data = tasks.draw(inputs["task"], model, inputs["pairs"], seed=inputs["seed"])
+    draw = drawing(shuffled=inputs.get("shuffled", False))
+    data = draw(inputs["task"], model, inputs["pairs"], seed=inputs["seed"])
     found = ability.score(model, data)
     ability.require_able(found, force=force)
     method = dict(inputs["method"])
@@ -124,6 +132,11 @@ def write_effects(
             measured = linear.attribution_patching(model, data, **method)
     draft.write(EFFECTS, effects.to_bytes(measured))
     return {"ability": vars(found), "flops": counter.get_total_flops(), "score": str(found)}
+
+
+def drawing(*, shuffled: bool) -> Draw:
+    """Return what draws prompts: as they are, or with their tokens in an order of chance."""
+    return tasks.draw_shuffled if shuffled else tasks.draw
 
 
 # --------------------------------------------------------------------------------------- the scores
@@ -145,20 +158,23 @@ def write_heads(
     task: str,
     truths: Mapping[tuple[str, str], Mapping[str, Path]],
     config: tuple[EffectsConfig, CodesConfig, RankingConfig],
+    *,
+    shuffled: bool = False,
 ) -> dict[str, Any]:
     """Score heads and hold the scores against each truth; return the manifest's facts.
 
     `truths` gives the folders of effects by position and direction, and then by method.
     """
     causal, codes, ranks = config
-    data = tasks.draw(task, model, causal.pairs, seed=causal.seed)
+    draw = drawing(shuffled=shuffled)
+    data = draw(task, model, causal.pairs, seed=causal.seed)
     known = [_truth(task, ranks, *place, folders) for place, folders in truths.items()]
     fit = code_fitter(codes)
     rows = []
     total = codes.draws * len(codes.negatives) * len(codes.examples)
     with Bar(f"{task}: scores of heads", total, "sets") as bar:
         seen = set[tuple[Any, ...]]()
-        for scored in heads.score_heads(model, data, codes, fit):
+        for scored in heads.score_heads(model, data, codes, fit, draw=draw):
             rows += [heads.compare(scored, truth, ranks) for truth in known]
             seen.add((scored.draw, scored.negatives, scored.examples))
             bar.update(len(seen))

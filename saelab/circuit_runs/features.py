@@ -26,6 +26,7 @@ from saelab.circuit_runs.inputs import (
     numbers,
     open_model,
     parted,
+    prompts,
 )
 from saelab.circuits import curves as curves_of
 from saelab.circuits import examples
@@ -36,7 +37,7 @@ from saelab.circuits.contrast import Contrast, contrast_of
 from saelab.circuits.curves import Curves
 from saelab.circuits.edges import check_budget
 from saelab.circuits.graph import Graph, build, positions, read_graph
-from saelab.circuits.tasks import TaskData, distinct, draw
+from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
 from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.protocols import LanguageModel
@@ -100,7 +101,7 @@ def _write_circuit(
     own = {site: load_dictionary(path, model) for site, path in by_site.items()}
     n = config.task.pairs + config.task.test_pairs
     stream = partial(draw, config.task.name, model, seed=config.task.seed)
-    data = distinct(stream, n)
+    data = prompts(stream, n, config.task)
     able = score(model, data, batch=config.attribution.batch)
     log.info("%s", able)
     require_able(able, force=config.task.force)

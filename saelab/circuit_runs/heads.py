@@ -5,7 +5,7 @@
 Effects are measured once per model, task and method; scores of other settings reuse them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, model_validator
 
 from saelab import artifacts, assets
+from saelab.artifacts import Draft
 from saelab.circuit_runs import api as circuits_api
 from saelab.circuits.heads import CodesConfig, EffectsConfig
 from saelab.circuits.paired import ClaimConfig
@@ -25,6 +26,8 @@ from saelab.config import Config, apply_overrides, load_yaml
 from saelab.models import ModelIdentity, identify, resolve_device
 from saelab.run_config import ModelConfig, config_path
 from saelab.stages import Fill, Stages, Step, Work
+
+Control = Literal["redrawn", "shuffled"]
 
 
 class HeadsRun(Config):
@@ -44,6 +47,11 @@ class HeadsRun(Config):
     """Agreements between scores and truth."""
     claim: ClaimConfig | None = None
     """What is claimed of codes, written down before the run; it ends with a verdict."""
+    shuffled: bool = False
+    """Put the tokens of every prompt in an order of chance: a control."""
+    controls: list[Control] = []
+    """Run again, to be shown beside: `redrawn` with weights before training (of a real model),
+    `shuffled` with shuffled prompts. Never forced: what cannot do a task is refused as a row."""
     force: bool = False
     """Go on with a task that the model cannot do."""
     out: Path
@@ -63,6 +71,15 @@ class HeadsRun(Config):
             raise ValueError(
                 f"ranking.published={self.ranking.published} lists heads of {', '.join(listed)}, "
                 f"but tasks has {', '.join(others)} too; drop that, or leave `published` out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_weights_to_redraw(self) -> "HeadsRun":
+        if "redrawn" in self.controls and self.model.source.startswith(("toy", "handwired")):
+            raise ValueError(
+                f"controls has redrawn, but {self.model.source} has no trained weights to draw "
+                "anew; drop it, or take a real model"
             )
         return self
 
@@ -103,6 +120,20 @@ def load_heads(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     return config
 
 
+def controls(config: HeadsRun) -> Iterator[tuple[Control, HeadsRun]]:
+    """Yield the controls of a run, each on one task, so that one refusal leaves the others."""
+    again = config.model.model_copy(update={"source": f"redrawn:0:{config.model.source}"})
+    changes: dict[Control, dict[str, Any]] = {
+        "redrawn": {"model": again},
+        "shuffled": {"shuffled": True},
+    }
+    for control in config.controls:
+        for task in config.tasks:
+            own = {"name": f"{config.name}-{control}", "tasks": [task]}
+            plain = {"controls": [], "claim": None, "force": False}
+            yield control, config.model_copy(update=own | plain | changes[control])
+
+
 class Heads:
     """One pass over the artifacts of a configuration."""
 
@@ -136,7 +167,7 @@ class Heads:
         """Return the folder of one method's effects; several truths may share it."""
         config = self.config
         inputs = circuits_api.effects_inputs(
-            self.identity.fingerprint, task, config.effects, method
+            self.identity.fingerprint, task, config.effects, method, shuffled=config.shuffled
         )
         work = Work("effects", f"{config.name}-{task}", inputs, [])
         if work.key not in self._known:
@@ -155,13 +186,16 @@ class Heads:
         parents = [artifacts.parent_of(path) for path in folders]
         settings = (config.effects, config.codes, config.ranking)
         claim = config.claim and config.claim.plain()
-        self._make(
-            Work("heads", f"{config.name}-{task}", inputs | {"claim": claim}, parents),
-            lambda draft: (
-                circuits_api.write_heads(draft, self.model, task, truths, settings)
-                | {"claim": claim}
-            ),
-        )
+        inputs |= {"claim": claim} | ({"shuffled": True} if config.shuffled else {})
+
+        def fill(draft: Draft) -> dict[str, Any]:
+            facts = circuits_api.write_heads(
+                draft, self.model, task, truths, settings, shuffled=config.shuffled
+            )
+            return facts | {"claim": claim}
+
+        work = Work("heads", f"{config.name}-{task}", inputs, parents)
+        self._make(work, fill)
 
     def _make(self, work: Work, fill: Fill) -> Path:
         path = self.stages.find_or_make(work, self.config.out, fill, str(self.device))

@@ -23,11 +23,12 @@ from saelab.circuit_runs.inputs import (
     numbers,
     open_model,
     parted,
+    prompts,
 )
 from saelab.circuits import examples
 from saelab.circuits.ability import require_able, score
 from saelab.circuits.supervised import SupervisedEvaluation
-from saelab.circuits.tasks import TaskData, distinct, draw
+from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.vectors import vectors
 from saelab.errors import ConfigError
 from saelab.protocols import Dictionary, GradientTrained, LanguageModel
@@ -79,7 +80,7 @@ def _write_supervised(
     """Hold dictionaries against labels; return the manifest's facts."""
     n = config.task.fit + config.task.test
     stream = partial(draw, config.task.name, model, seed=config.task.seed)
-    data = distinct(stream, n)
+    data = prompts(stream, n, config.task)
     test, fit = (data.rows(rows) for rows in parted(data, config.task.test))
     able = score(model, test, batch=config.supervised.batch)
     log.info("%s", able)

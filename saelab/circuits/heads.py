@@ -32,7 +32,7 @@ from saelab.circuits.head_outputs import head_outputs
 from saelab.circuits.patching import Direction, components_of
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig, agreements
-from saelab.circuits.tasks import TaskData
+from saelab.circuits.tasks import Draw, TaskData
 from saelab.clock import now
 from saelab.config import Config
 from saelab.train.config import TrainConfig
@@ -109,17 +109,23 @@ class Scored:
 
 
 def score_heads(
-    model: PatchableModel, truth: TaskData, config: CodesConfig, fit: Fit
+    model: PatchableModel,
+    truth: TaskData,
+    config: CodesConfig,
+    fit: Fit,
+    *,
+    draw: Draw = tasks.draw,
 ) -> Iterator[Scored]:
     """Yield the codes' scores and the observational baselines, draw by draw.
 
-    No draw has a prompt of `truth`, on which effects were measured. Raises what `tasks.distinct`
+    No draw has a prompt of `truth`, which was drawn by the same `draw`: effects were measured on
+    it. Raises what `tasks.distinct`
     and `head_outputs` do.
     """
     layers = torch.tensor([c.layer for c in components_of(model, "heads")])
     most = max(config.examples)
-    for draw in range(config.draws):
-        stream = partial(tasks.draw, truth.name, model, seed=config.first_seed + draw)
+    for number in range(config.draws):
+        stream = partial(draw, truth.name, model, seed=config.first_seed + number)
         data = tasks.distinct(stream, most, known=truth)
         started = now()
         positive = head_outputs(model, data, "clean")
@@ -129,7 +135,7 @@ def score_heads(
             negative = head_outputs(model, data, kind)
             for n in config.examples:
                 outputs = HeadOutputs(positive[:n], negative[:n])
-                about: dict[str, Any] = {"examples": n, "negatives": kind, "draw": draw}
+                about: dict[str, Any] = {"examples": n, "negatives": kind, "draw": number}
                 direct_score = direct[:n].mean(0).abs()
                 yield Scored("direct_logits", "observational", direct_score, **about)
                 yield from _of_outputs(outputs, config, about)

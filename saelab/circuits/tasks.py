@@ -8,9 +8,9 @@ positions: versions can be patched into each other, and averages be taken by slo
 import random
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,7 @@ Metric = Literal["logit_difference", "probability_difference"]
 probabilities."""
 TaskName = Literal["ioi", "greater_than", "docstring", "induction", "agreement"]
 Version = Literal["clean", "corrupted", "unpredictable", "off_task"]
+_VERSIONS: tuple[Version, ...] = get_args(Version)
 ALL = "all"
 """In place of a slot's name: every position."""
 END = "end"
@@ -164,6 +165,10 @@ TASKS: dict[str, Task] = {
 }
 
 
+Draw = Callable[..., TaskData]
+"""Gives examples as `draw` does: by name, tokenizer, number and seed."""
+
+
 def draw(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
     """Return `n` examples of a task, its templates in turn; more of them begin with these.
 
@@ -200,6 +205,33 @@ def distinct(
         f"{'' if known is None else f' and from {len(known)} others'}, but {size // 2} draws gave "
         f"{len(rows)}; ask for fewer, or take a task with more words"
     )
+
+
+def draw_shuffled(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
+    """Return what `draw` does, `shuffled`."""
+    return shuffled(draw(name, tokenizer, n, seed=seed))
+
+
+def shuffled(data: TaskData) -> TaskData:
+    """Return prompts whose tokens stand in an order of chance: a control.
+
+    Each template has one order, the same in all versions and wherever it is met, so that pairs stay
+    aligned. The first position stays; slots go with their tokens, but for `end`.
+    """
+    n = len(data)
+    order = torch.arange(data.clean.shape[1]).repeat(n, 1)
+    for template in data.templates.unique().tolist():
+        mine = (data.templates == template).nonzero()[:, 0]
+        length = int(data.lengths[mine[0]])
+        generator = torch.Generator().manual_seed(template)
+        order[mine, 1:length] = 1 + torch.randperm(length - 1, generator=generator)
+    moved = order.argsort(1)
+    slots = {
+        slot: at if slot == END else torch.where(at >= 0, moved[torch.arange(n), at], -1)
+        for slot, at in data.slots.items()
+    }
+    versions = {version: getattr(data, version).gather(1, order) for version in _VERSIONS}
+    return replace(data, slots=slots, **versions)
 
 
 def _prompts(data: TaskData) -> list[tuple[int, ...]]:

@@ -31,6 +31,7 @@ def settings(out, **changes):
         },
         "ranking": {"precision_at": [2], "cutoffs": [0.05], "least": 1},
         "claim": {"score": "codes", "examples": 4},
+        "controls": ["shuffled"],
         "out": str(out),
         "threads": 1,
     } | changes
@@ -74,9 +75,38 @@ def test_every_score_is_compared_with_every_truth(made):
     for truth in manifest.facts["truths"]:
         assert truth["ceiling"]["kendall"] == pytest.approx(1.0)
         assert truth["counts"]["negatives"] == (2 if truth["position"] == "all" else 3)
+    assert "control, shuffled: induction: refused: the model cannot do the task" in printed
     assert "codes − best baseline" in printed and "undecided (too few draws)" in printed
     for word in ("ceiling", "codes_normalised", "TFLOP", "noising", "of the gap off", "codes took"):
         assert word in printed
+
+
+def test_a_control_that_can_do_the_task_is_shown_beside(made, monkeypatch):
+    out, _ = made
+    monkeypatch.setattr(circuits_run, "controls", lambda config: [("shuffled", config)])
+    result = CliRunner().invoke(app, ["circuits", "heads", str(out.parent / "heads.yaml")])
+    assert result.exit_code == 0, result.output
+    first, second = result.output.split("control, shuffled: induction\n")
+    assert "codes − best baseline" in first and "codes − best baseline" in second
+
+
+def test_controls_differ_in_one_thing_and_are_not_forced(tmp_path):
+    config = circuits_run.load_heads(
+        settings(
+            tmp_path, model={"source": "smollm2-135m"}, tasks=["ioi", "induction"], force=True,
+            controls=["redrawn", "shuffled"],
+        )
+    )  # fmt: skip
+    found = list(circuits_run.controls(config))
+    assert [(name, c.tasks[0]) for name, c in found] == [
+        (control, task) for control in ("redrawn", "shuffled") for task in ("ioi", "induction")
+    ]
+    assert {c.model.source for _, c in found[:2]} == {"redrawn:0:smollm2-135m"}
+    assert [c.shuffled for _, c in found] == [False, False, True, True]
+    assert not any(c.force or c.controls for _, c in found)
+    with pytest.raises(ConfigError, match="handwired:induction has no trained weights to draw"):
+        circuits_run.load_heads(settings(tmp_path, controls=["redrawn"]))
+    assert all(c.codes == config.codes and c.effects == config.effects for _, c in found)
 
 
 def test_what_a_run_cannot_do_is_said(tmp_path):

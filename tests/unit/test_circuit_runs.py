@@ -23,6 +23,7 @@ from saelab.circuit_runs.inputs import chosen_dictionaries, parted
 from saelab.circuit_runs.report import circuit_tables, supervised_table
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.contrast import contrast_of
+from saelab.circuits.tasks import shuffled
 from saelab.circuits.viewer import schema
 from saelab.cli import app
 from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
@@ -179,6 +180,10 @@ def test_no_prompt_is_both_found_on_and_tested_on(made, patched, monkeypatch, to
         circuits_features.features(features_config(tmp_path, paths, task=task))
     (data,) = seen.value.args
     assert len(data) == len(set(prompts(data))) == 120
+    mixed = features_config(tmp_path, paths, task=task | {"shuffled": True})
+    with pytest.raises(Seen) as seen:
+        circuits_features.features(mixed)
+    assert prompts(seen.value.args[0]) == prompts(shuffled(data)) != prompts(data)
     monkeypatch.setattr(circuits_supervised, "SupervisedEvaluation", evaluation)
     with pytest.raises(Seen) as seen:
         circuits_supervised.supervised(supervised_config(tmp_path, paths[1:]))

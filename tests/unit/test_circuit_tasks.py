@@ -117,6 +117,29 @@ def test_more_examples_of_a_seed_begin_with_the_same_ones(name):
     assert first.attributes == few.attributes
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_shuffled_prompts_have_the_same_tokens_and_stay_aligned(name):
+    tokenizer = WordTokenizer(bos_id=3)
+    plain = tasks.draw(name, tokenizer, 16, seed=0)
+    mixed = tasks.draw_shuffled(name, tokenizer, 16, seed=0)
+    rows = torch.arange(16)
+    assert not torch.equal(mixed.clean, plain.clean) and torch.equal(mixed.right, plain.right)
+    for version in ("clean", "corrupted", "unpredictable", "off_task"):
+        before, after = getattr(plain, version), getattr(mixed, version)
+        assert torch.equal(before.sort(1).values, after.sort(1).values)
+        assert bool((after[:, 0] == 3).all())
+        for slot in set(plain.slots) - {"end"}:
+            has = plain.slots[slot] >= 0
+            assert torch.equal((mixed.slots[slot] >= 0), has)
+            there, here = before[rows, plain.slots[slot]], after[rows, mixed.slots[slot]]
+            assert torch.equal(there[has], here[has])
+    assert torch.equal(mixed.slots["end"], plain.slots["end"])
+    changed = (plain.clean != plain.corrupted).sum(1)
+    assert torch.equal((mixed.clean != mixed.corrupted).sum(1), changed)
+    more = tasks.draw_shuffled(name, tokenizer, 40, seed=0)
+    assert torch.equal(more.clean[:16, : mixed.clean.shape[1]], mixed.clean)
+
+
 def prompts(data):
     return [row[:n] for row, n in zip(data.clean.tolist(), data.lengths.tolist(), strict=True)]
 
