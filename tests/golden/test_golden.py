@@ -77,7 +77,7 @@ def circuits(out: Path, dictionary: Path) -> dict[str, Path]:
     )  # fmt: skip
     supervised = SupervisedRunConfig.parse(
         common | {
-            "task": task | {"fit": 100, "test": 8},
+            "task": task | {"fit": 160, "test": 48},
             "supervised": {"budgets": [2], "slots": ["end"], "shrink": [0]},
         }
     )  # fmt: skip

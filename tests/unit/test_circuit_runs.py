@@ -64,7 +64,7 @@ def supervised_config(out, paths):
         {
             "name": "toy-labels", "model": {"source": "toy"}, "out": out,
             "dictionaries": list(paths),
-            "task": {"name": "ioi", "fit": 120, "test": 8, "force": True},
+            "task": {"name": "ioi", "fit": 160, "test": 48, "force": True},
             "supervised": {"budgets": [2], "slots": ["end"], "batch": 32, "shrink": [1, 0]},
             "random_decoder": {"d_sae": 48, "k": 4},
         }
@@ -188,7 +188,7 @@ def test_no_prompt_is_both_found_on_and_tested_on(made, patched, monkeypatch, to
     with pytest.raises(Seen) as seen:
         circuits_supervised.supervised(supervised_config(tmp_path, paths[1:]))
     fit, test = map(prompts, seen.value.args)
-    assert (len(fit), len(test)) == (120, 8) and not set(fit) & set(test)
+    assert (len(fit), len(test)) == (160, 48) and not set(fit) & set(test)
 
 
 def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, patched, toy_model):
