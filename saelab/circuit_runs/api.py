@@ -174,7 +174,7 @@ def write_heads(
     total = codes.draws * len(codes.negatives) * len(codes.examples)
     with Bar(f"{task}: scores of heads", total, "sets") as bar:
         seen = set[tuple[Any, ...]]()
-        for scored in heads.score_heads(model, data, codes, fit, draw=draw):
+        for scored in heads.score_heads(model, data, codes, fit, source=draw):
             rows += [heads.compare(scored, truth, ranks) for truth in known]
             seen.add((scored.draw, scored.negatives, scored.examples))
             bar.update(len(seen))

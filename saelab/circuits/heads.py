@@ -114,18 +114,18 @@ def score_heads(
     config: CodesConfig,
     fit: Fit,
     *,
-    draw: Draw = tasks.draw,
+    source: Draw = tasks.draw,
 ) -> Iterator[Scored]:
     """Yield the codes' scores and the observational baselines, draw by draw.
 
-    No draw has a prompt of `truth`, which was drawn by the same `draw`: effects were measured on
+    No draw has a prompt of `truth`, which comes from the same `source`: effects were measured on
     it. Raises what `tasks.distinct`
     and `head_outputs` do.
     """
     layers = torch.tensor([c.layer for c in components_of(model, "heads")])
     most = max(config.examples)
-    for number in range(config.draws):
-        stream = partial(draw, truth.name, model, seed=config.first_seed + number)
+    for draw in range(config.draws):
+        stream = partial(source, truth.name, model, seed=config.first_seed + draw)
         data = tasks.distinct(stream, most, known=truth)
         started = now()
         positive = head_outputs(model, data, "clean")
@@ -135,7 +135,7 @@ def score_heads(
             negative = head_outputs(model, data, kind)
             for n in config.examples:
                 outputs = HeadOutputs(positive[:n], negative[:n])
-                about: dict[str, Any] = {"examples": n, "negatives": kind, "draw": number}
+                about: dict[str, Any] = {"examples": n, "negatives": kind, "draw": draw}
                 direct_score = direct[:n].mean(0).abs()
                 yield Scored("direct_logits", "observational", direct_score, **about)
                 yield from _of_outputs(outputs, config, about)
