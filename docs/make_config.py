@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from saelab.circuit_runs.config import FeaturesConfig, SupervisedRunConfig
 from saelab.circuit_runs.heads import HeadsRun
 from saelab.config import Config
 from saelab.dictionaries import REGISTRY, config_class
@@ -35,7 +36,10 @@ def page() -> str:
         )
     title = "dictionaries: keys of every type"
     parts.append(_section(title, MemberTraining))
-    parts += _sections("circuits heads", HeadsRun)
+    for command, config in (
+        ("heads", HeadsRun), ("features", FeaturesConfig), ("supervised", SupervisedRunConfig),
+    ):  # fmt: skip
+        parts += _sections(f"circuits {command}", config)
     return "\n".join(parts)
 
 

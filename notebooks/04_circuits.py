@@ -142,7 +142,7 @@ truth = Truth(
 )  # fmt: skip
 codes = CodesConfig.parse(SETUP["codes"])
 ranking = RankingConfig(precision_at=[SETUP["best"]], cutoffs=[0.05], least=1)
-scores = [*score_heads(model, SETUP["task"], codes, code_fitter(codes)), *causal_scores(truth)]
+scores = [*score_heads(model, data, codes, code_fitter(codes)), *causal_scores(truth)]
 agreement = pd.DataFrame([compare(score, truth, ranking) for score in scores])
 shown = ["kendall", f"precision@{SETUP['best']}"]
 agreement.groupby(["group", "method"])[shown].mean().sort_values("kendall", ascending=False)
@@ -238,7 +238,14 @@ show.examples(page.groups[0].examples[:6], caption=top.id)
 # other words. Where a curve stays low for long, ask first what the prompts have in common.
 
 # %%
-figures.faithfulness(read_curves(folder), circuit.manifest.facts["ceiling"])
+figures.curves(read_curves(folder), ceiling=circuit.manifest.facts["ceiling"])
+
+# %% [markdown]
+# *Completeness* is the faithfulness of all nodes that the circuit leaves out: low once nothing that
+# matters is outside.
+
+# %%
+figures.curves(read_curves(folder, "completeness"), "completeness")
 
 # %% [markdown]
 # In a terminal, `saelab app runs/circuits` opens the graph: click a node for its edges and its

@@ -146,12 +146,16 @@ def _short(site: str) -> str:
     return site.removeprefix("blocks.").replace("hook_", "")
 
 
-def faithfulness(
-    curves: Mapping[str, Sequence[CurvePoint]],
-    ceiling: float,
+def curves(
+    found: Mapping[str, Sequence[CurvePoint]],
+    title: str = "faithfulness",
+    *,
+    ceiling: float | None = None,
     colour: Mapping[str, str] | None = None,
 ) -> go.Figure:
-    """Return faithfulness against the number of nodes, an arm a line, and the ceiling.
+    """Return a number of circuits against how many nodes they have, an arm a line.
+
+    `ceiling` draws a line at what all latents reach together.
 
     Without colours by arm Plotly's own are taken, and a legend says whose they are.
     """
@@ -160,7 +164,7 @@ def faithfulness(
             height=300, showlegend=colour is None, margin={"l": 4, "r": 8, "t": 8, "b": 4}
         )
     )
-    for arm, points in curves.items():
+    for arm, points in found.items():
         errors: list[Any] = [point.standard_error or 0.0 for point in points]
         drawn.add_scatter(
             x=[p.n_nodes for p in points], y=[p.value for p in points], name=arm,
@@ -168,7 +172,9 @@ def faithfulness(
             line={"color": None if colour is None else colour[arm], "width": 1.8},
             hovertemplate="%{x} nodes: %{y:.3f}<extra>" + arm + "</extra>",
         )  # fmt: skip
-    drawn.add_hline(y=ceiling, line={"dash": "dot", "width": 1}, annotation_text="all latents")
+    if ceiling is not None:
+        line = {"dash": "dot", "width": 1}
+        drawn.add_hline(y=ceiling, line=line, annotation_text="all latents")
     drawn.update_xaxes(type="log", title="nodes", automargin=True)
-    drawn.update_yaxes(title="faithfulness", automargin=True)
+    drawn.update_yaxes(title=title, automargin=True)
     return drawn

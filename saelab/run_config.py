@@ -31,7 +31,8 @@ class ModelConfig(Config):
     """Which language model to read."""
 
     source: str
-    """A named asset, `hub:org/name`, a local folder, a GGUF file, or `toy`."""
+    """A named asset, `hub:org/name`, a local folder, a GGUF file, or `toy`; `redrawn:SEED:` before
+    it draws its weights anew."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype; `auto` takes bfloat16 where a short probe shows that it is faster."""
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 STAGE_VERSION = {
     "store": 1, "dictionary": 3, "results": 3, "features": 2, "effects": 1, "heads": 2,
-    "circuit": 1, "supervised": 3,
+    "circuit": 2, "supervised": 3,
 }  # fmt: skip
 """Bumped by hand when a stage's outputs change for the same inputs; the golden test asks for it."""
 

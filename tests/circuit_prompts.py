@@ -17,7 +17,7 @@ from saelab.models.toy import ToyModel
 WORDS = ("people", "man", "men", "state", "world", "life", "work", "day", "year")
 FRAMES = ("when {first} and {second} are in {place}, {s2} have {object} to",)
 WORDING = {
-    "_NAMES": WORDS, "_PLACES": ("time",), "_OBJECTS": ("way",), "_IOI_FRAMES": FRAMES,
+    "_NAMES": WORDS, "_PLACES": ("time",), "_OBJECTS": ("way", "years"), "_IOI_FRAMES": FRAMES,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import streamlit as st
 
 from saelab import figures
-from saelab.circuit_runs.features import Circuit, open_circuit, read_curves
+from saelab.circuit_runs.features import CURVES, Circuit, open_circuit, read_curves
 from saelab.circuits.graph import METRIC, Graph, Node
 from saelab.errors import SaelabError
 from saelab_app import circuits, state
@@ -200,14 +200,16 @@ def _switched(circuit: Circuit, off: set[str], entries: dict[str, Entry]) -> Non
 
 
 def _curves(circuit: Circuit, path: Path) -> None:
-    found = read_curves(path)
-    colour = charts.colours(list(found))
+    colour = charts.colours(list(read_curves(path)))
     st.html(
         pieces.heading("Faithfulness", "of circuits of growing size, on other prompts")
         + pieces.legend(colour)
     )
-    figure = figures.faithfulness(found, circuit.manifest.facts["ceiling"], colour)
-    st.plotly_chart(figure, config=charts.PLAIN, key="faithfulness")
+    for column, (name, title) in zip(st.columns(len(CURVES)), CURVES.items(), strict=True):
+        ceiling = None if name == "faithfulness_of_ceiling" else circuit.manifest.facts["ceiling"]
+        figure = figures.curves(read_curves(path, name), title, ceiling=ceiling, colour=colour)
+        with column:
+            st.plotly_chart(figure, config=charts.PLAIN, key=name)
 
 
 show()

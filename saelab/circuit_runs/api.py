@@ -19,8 +19,10 @@ from saelab.circuits.discrete_codes import Encode, Fit
 from saelab.circuits.heads import CodesConfig, EffectsConfig, Truth
 from saelab.circuits.patching import Direction, PatchConfig
 from saelab.circuits.protocols import PatchableModel
+from saelab.circuits.published import is_listed
 from saelab.circuits.ranking import RankingConfig
-from saelab.errors import ConfigError, TaskError
+from saelab.circuits.tasks import Draw
+from saelab.errors import ConfigError, SiteError, TaskError
 from saelab.progress import Bar
 
 GRADIENT = "attribution_patching"
@@ -30,9 +32,13 @@ EFFECTS = "effects.safetensors"
 
 
 def load_model(source: str, dtype: str, device: torch.device) -> PatchableModel:
-    """Load a model whose heads can be patched."""
+    """Load a model whose heads can be patched. Raises SiteError if it cannot be entered midway."""
     model = api.load_model(source, dtype=dtype, device=device)
-    assert isinstance(model, PatchableModel)
+    if not isinstance(model, PatchableModel):
+        raise SiteError(
+            f"patching goes on from the middle of a model, but {model.name} has no `remember` and "
+            "`resume` for that; take one that saelab loads, or give yours these two methods"
+        )
     return model
 
 
@@ -67,10 +73,16 @@ def code_fitter(codes: CodesConfig) -> Fit:
 
 
 def effects_inputs(
-    fingerprint: str, task: str, config: EffectsConfig, method: Mapping[str, Any]
+    fingerprint: str,
+    task: str,
+    config: EffectsConfig,
+    method: Mapping[str, Any],
+    *,
+    shuffled: bool = False,
 ) -> dict[str, Any]:
     """Return what decides the effects of one method on one task."""
-    return {
+    control = {"shuffled": True} if shuffled else {}
+    return control | {
         "model": fingerprint,
         "task": task,
         "pairs": config.pairs,
@@ -105,7 +117,8 @@ def write_effects(
 
     Raises TaskError with the score if the model cannot do the task, unless forced.
     """
-    data = tasks.draw(inputs["task"], model, inputs["pairs"], seed=inputs["seed"])
+    draw = drawing(shuffled=inputs.get("shuffled", False))
+    data = draw(inputs["task"], model, inputs["pairs"], seed=inputs["seed"])
     found = ability.score(model, data)
     ability.require_able(found, force=force)
     method = dict(inputs["method"])
@@ -119,6 +132,11 @@ def write_effects(
             measured = linear.attribution_patching(model, data, **method)
     draft.write(EFFECTS, effects.to_bytes(measured))
     return {"ability": vars(found), "flops": counter.get_total_flops(), "score": str(found)}
+
+
+def drawing(*, shuffled: bool) -> Draw:
+    """Return what draws prompts: as they are, or with their tokens in an order of chance."""
+    return tasks.draw_shuffled if shuffled else tasks.draw
 
 
 # --------------------------------------------------------------------------------------- the scores
@@ -140,26 +158,29 @@ def write_heads(
     task: str,
     truths: Mapping[tuple[str, str], Mapping[str, Path]],
     config: tuple[EffectsConfig, CodesConfig, RankingConfig],
+    *,
+    shuffled: bool = False,
 ) -> dict[str, Any]:
     """Score heads and hold the scores against each truth; return the manifest's facts.
 
     `truths` gives the folders of effects by position and direction, and then by method.
     """
     causal, codes, ranks = config
-    known = [_truth(*place, folders) for place, folders in truths.items()]
+    draw = drawing(shuffled=shuffled)
+    data = draw(task, model, causal.pairs, seed=causal.seed)
+    known = [_truth(task, ranks, *place, folders) for place, folders in truths.items()]
     fit = code_fitter(codes)
     rows = []
     total = codes.draws * len(codes.negatives) * len(codes.examples)
     with Bar(f"{task}: scores of heads", total, "sets") as bar:
         seen = set[tuple[Any, ...]]()
-        for scored in heads.score_heads(model, task, codes, fit):
+        for scored in heads.score_heads(model, data, codes, fit, source=draw):
             rows += [heads.compare(scored, truth, ranks) for truth in known]
             seen.add((scored.draw, scored.negatives, scored.examples))
             bar.update(len(seen))
     for truth in known:
         rows += [heads.compare(scored, truth, ranks) for scored in heads.causal_scores(truth)]
     draft.write("results.jsonl", b"".join(canonical_line(row) for row in rows))
-    data = tasks.draw(task, model, causal.pairs, seed=causal.seed)
     return {
         "task": task,
         "n_results": len(rows),
@@ -168,9 +189,14 @@ def write_heads(
     }
 
 
-def _truth(position: str, direction: str, folders: Mapping[str, Path]) -> Truth:
+def _truth(
+    task: str, ranks: RankingConfig, position: str, direction: str, folders: Mapping[str, Path]
+) -> Truth:
     held = {name: effects.read(path / EFFECTS) for name, path in folders.items()}
-    return Truth(position, direction, held.pop("truth"), held)
+    exact, listed = held.pop("truth"), None
+    if ranks.published is not None:
+        listed = is_listed(ranks.published, task, exact.components)
+    return Truth(position, direction, exact, held, listed)
 
 
 def _facts(truth: Truth, config: RankingConfig, seed: int) -> dict[str, Any]:
@@ -186,9 +212,12 @@ def _facts(truth: Truth, config: RankingConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def require_able(effects_folder: Path) -> None:
-    """Raise TaskError if effects were forced on a model that cannot do the task."""
-    ability.require_able(TaskScore(**read_manifest(effects_folder).facts["ability"]))
+def require_able(folder: Path, *, force: bool = False) -> None:
+    """Raise TaskError, unless forced, if a finished artifact is of a task that the model cannot do.
+
+    Whoever finds an artifact asks this again: it may have been forced when it was made.
+    """
+    ability.require_able(TaskScore(**read_manifest(folder).facts["ability"]), force=force)
 
 
 def check_dictionary(codes: CodesConfig) -> None:

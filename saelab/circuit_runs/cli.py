@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from saelab.errors import TaskError
+
 app = typer.Typer(no_args_is_help=True, help="Which heads and features carry a task.")
 
 
@@ -44,14 +46,23 @@ def heads(
     from saelab.circuit_runs import heads as circuits_run
     from saelab.circuit_runs import report as circuits_report
 
-    made = circuits_run.Heads(circuits_run.load_heads(config, overrides or []), wait=wait)
+    settings = circuits_run.load_heads(config, overrides or [])
     console = _console()
-    for step in made.execute():
+    for step in circuits_run.Heads(settings, wait=wait).execute():
         console.print(f"{step.status} {step.path}")
         if step.stage == "effects":
             console.print(f"  {circuits_report.effects_line(step.path)}")
         else:
             console.print(circuits_report.heads_tables(step.path))
+    for control, again in circuits_run.controls(settings):
+        title = f"control, {control}: {again.tasks[0]}"
+        try:
+            steps = circuits_run.Heads(again, wait=wait).execute()
+        except TaskError as error:
+            console.print(f"{title}: refused: {error}")
+        else:
+            console.print(title)
+            console.print(circuits_report.heads_tables(steps[-1].path))
 
 
 @app.command()

@@ -23,6 +23,8 @@ class TaskConfig(Config):
     """Draws the prompts."""
     force: bool = False
     """Go on even if the model cannot do the task."""
+    shuffled: bool = False
+    """Put the tokens of every prompt in an order of chance: a control."""
 
 
 class PairsConfig(TaskConfig):

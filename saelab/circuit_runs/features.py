@@ -7,6 +7,7 @@ its curves in `results.jsonl`, and `viewer.json` for circuit-tracer's viewer.
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from saelab import artifacts
 from saelab.artifacts import Draft, Manifest, canonical_line
+from saelab.circuit_runs import api as circuits_api
 from saelab.circuit_runs.config import FeaturesConfig
 from saelab.circuit_runs.inputs import (
     check_sites,
@@ -24,6 +26,7 @@ from saelab.circuit_runs.inputs import (
     numbers,
     open_model,
     parted,
+    prompts,
 )
 from saelab.circuits import curves as curves_of
 from saelab.circuits import examples
@@ -36,7 +39,7 @@ from saelab.circuits.edges import check_budget
 from saelab.circuits.graph import Graph, build, positions, read_graph
 from saelab.circuits.tasks import TaskData, draw
 from saelab.circuits.viewer import Prompt, viewer_graph
-from saelab.errors import ArtifactError, ConfigError
+from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.protocols import LanguageModel
 from saelab.results import read_rows
 from saelab.stats import ResultRow
@@ -47,7 +50,13 @@ GRAPH, TENSORS = "graph.json", "tensors.safetensors"
 RESULTS, VIEWER = "results.jsonl", "viewer.json"
 CEILING = "all latents, no errors"
 """Arm of the circuit of all latents."""
-VERSION = 1
+CURVES = {
+    "faithfulness": "faithfulness",
+    "completeness": "faithfulness of all other nodes",
+    "faithfulness_of_ceiling": "share of the ceiling",
+}
+"""What is measured of circuits of growing size: names of rows, and what they are called."""
+VERSION = 2
 """Of the rows of a circuit's results."""
 
 
@@ -80,7 +89,9 @@ def features(config: FeaturesConfig, *, wait: float = 0.0) -> Path:
     def fill(draft: Draft) -> dict[str, Any]:
         return _write_circuit(draft, model, config, by_site)
 
-    return find_or_make(config, "circuit", inputs, list(chosen), fill, wait=wait)
+    found = find_or_make(config, "circuit", inputs, list(chosen), fill, wait=wait)
+    circuits_api.require_able(found, force=config.task.force)
+    return found
 
 
 def _write_circuit(
@@ -89,7 +100,8 @@ def _write_circuit(
     """Find a circuit and measure it; return the manifest's facts."""
     own = {site: load_dictionary(path, model) for site, path in by_site.items()}
     n = config.task.pairs + config.task.test_pairs
-    data = draw(config.task.name, model, n, seed=config.task.seed)
+    stream = partial(draw, config.task.name, model, seed=config.task.seed)
+    data = prompts(stream, n, config.task)
     able = score(model, data, batch=config.attribution.batch)
     log.info("%s", able)
     require_able(able, force=config.task.force)
@@ -115,6 +127,7 @@ def _write_circuit(
     return {
         "task": config.task.name,
         "metric": data.metric,
+        "ability": vars(able),
         "attributes": {name: list(values) for name, values in tested.attributes.items()},
         "model": config.model.plain() | {"name": model.name},
         "sites": list(own),
@@ -184,7 +197,7 @@ def _circuit_rows(able: TaskScore, measured: Curves, config: FeaturesConfig) -> 
     for arm in (curves_of.CIRCUIT, curves_of.LATENTS):
         reached = measured.nodes_at(config.curves.enough, arm)
         if reached is not None:
-            yield row(f"nodes_at_{config.curves.enough:.0%}", reached, None, arm, "nodes")
+            yield row(f"nodes_at_{config.curves.enough:.0%}", float(reached), None, arm, "nodes")
 
 
 @dataclass(frozen=True)
@@ -222,19 +235,24 @@ def open_circuit(path: Path) -> Circuit:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The faithfulness of one measured circuit."""
+    """One number of one measured circuit."""
 
     n_nodes: int
     value: float
     standard_error: float | None
 
 
-def read_curves(path: Path) -> dict[str, list[CurvePoint]]:
-    """Return the circuits that a finished circuit's curves are of: by arm, smallest first."""
+def read_curves(path: Path, name: str = "faithfulness") -> dict[str, list[CurvePoint]]:
+    """Return the curves of one of `CURVES` of a finished circuit: by arm, smallest first.
+
+    Arms of which it is not measured are left out. Raises ConfigError for another name.
+    """
+    if name not in CURVES:
+        raise ConfigError(f"circuits have no curve {name!r}; {nearest(name, list(CURVES))}")
     found: dict[str, list[CurvePoint]] = {}
     for row in read_rows(path):
         arm, is_point, n = row["arm"].partition("(n=")
-        if row["name"] == "faithfulness" and is_point:
+        if row["name"] == name and is_point:
             point = CurvePoint(int(n.rstrip(")")), row["value"], row["standard_error"])
             found.setdefault(arm, []).append(point)
     return {arm: sorted(points, key=lambda p: p.n_nodes) for arm, points in found.items()}

@@ -5,7 +5,7 @@
 Effects are measured once per model, task and method; scores of other settings reuse them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +14,20 @@ import torch
 from pydantic import Field, model_validator
 
 from saelab import artifacts, assets
+from saelab.artifacts import Draft
 from saelab.circuit_runs import api as circuits_api
 from saelab.circuits.heads import CodesConfig, EffectsConfig
+from saelab.circuits.paired import ClaimConfig
 from saelab.circuits.protocols import PatchableModel
+from saelab.circuits.published import LISTS
 from saelab.circuits.ranking import RankingConfig
 from saelab.circuits.tasks import TaskName
 from saelab.config import Config, apply_overrides, load_yaml
 from saelab.models import ModelIdentity, identify, resolve_device
 from saelab.run_config import ModelConfig, config_path
 from saelab.stages import Fill, Stages, Step, Work
+
+Control = Literal["redrawn", "shuffled"]
 
 
 class HeadsRun(Config):
@@ -40,6 +45,13 @@ class HeadsRun(Config):
     """Discrete codes and the observational baselines."""
     ranking: RankingConfig = RankingConfig()
     """Agreements between scores and truth."""
+    claim: ClaimConfig | None = None
+    """What is claimed of codes, written down before the run; it ends with a verdict."""
+    shuffled: bool = False
+    """Put the tokens of every prompt in an order of chance: a control."""
+    controls: list[Control] = []
+    """Run again, to be shown beside: `redrawn` with weights before training (of a real model),
+    `shuffled` with shuffled prompts. Never forced: what cannot do a task is refused as a row."""
     force: bool = False
     """Go on with a task that the model cannot do."""
     out: Path
@@ -50,12 +62,40 @@ class HeadsRun(Config):
     """CPU threads; by default as many as there are cores."""
 
     @model_validator(mode="after")
-    def _published_of_the_task(self) -> "HeadsRun":
-        if self.ranking.published is not None and self.tasks != ["ioi"]:
+    def _published_of_the_tasks(self) -> "HeadsRun":
+        if self.ranking.published is None:
+            return self
+        listed = LISTS[self.ranking.published]
+        others = [task for task in self.tasks if task not in listed]
+        if others:
             raise ValueError(
-                f"ranking.published={self.ranking.published} lists heads of ioi; tasks should be "
-                f"[ioi], but are {self.tasks}"
+                f"ranking.published={self.ranking.published} lists heads of {', '.join(listed)}, "
+                f"but tasks has {', '.join(others)} too; drop that, or leave `published` out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_weights_to_redraw(self) -> "HeadsRun":
+        if "redrawn" in self.controls and self.model.source.startswith(("toy", "handwired")):
+            raise ValueError(
+                f"controls has redrawn, but {self.model.source} has no trained weights to draw "
+                "anew; drop it, or take a real model"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _claim_of_what_is_run(self) -> "HeadsRun":
+        if self.claim is None:
+            return self
+        for key, run in (
+            ("examples", self.codes.examples), ("negatives", self.codes.negatives),
+            ("position", self.effects.positions), ("direction", self.effects.directions),
+        ):  # fmt: skip
+            if getattr(self.claim, key) not in run:
+                raise ValueError(
+                    f"claim.{key}={getattr(self.claim, key)} is not among what is run: "
+                    f"{', '.join(map(str, run))}; claim one of these"
+                )
         return self
 
     @model_validator(mode="after")
@@ -78,6 +118,20 @@ def load_heads(source: str | Path | dict[str, Any], overrides: Sequence[str] = (
     config = HeadsRun.parse(data)
     circuits_api.check_dictionary(config.codes)
     return config
+
+
+def controls(config: HeadsRun) -> Iterator[tuple[Control, HeadsRun]]:
+    """Yield the controls of a run, each on one task, so that one refusal leaves the others."""
+    again = config.model.model_copy(update={"source": f"redrawn:0:{config.model.source}"})
+    changes: dict[Control, dict[str, Any]] = {
+        "redrawn": {"model": again},
+        "shuffled": {"shuffled": True},
+    }
+    for control in config.controls:
+        for task in config.tasks:
+            own = {"name": f"{config.name}-{control}", "tasks": [task]}
+            plain = {"controls": [], "claim": None, "force": False}
+            yield control, config.model_copy(update=own | plain | changes[control])
 
 
 class Heads:
@@ -113,7 +167,7 @@ class Heads:
         """Return the folder of one method's effects; several truths may share it."""
         config = self.config
         inputs = circuits_api.effects_inputs(
-            self.identity.fingerprint, task, config.effects, method
+            self.identity.fingerprint, task, config.effects, method, shuffled=config.shuffled
         )
         work = Work("effects", f"{config.name}-{task}", inputs, [])
         if work.key not in self._known:
@@ -122,8 +176,7 @@ class Heads:
                     draft, self.model, inputs, force=config.force
                 )
             )  # fmt: skip
-            if not config.force:
-                circuits_api.require_able(self._known[work.key])
+            circuits_api.require_able(self._known[work.key], force=config.force)
         return self._known[work.key]
 
     def _heads(self, task: str, truths: dict[tuple[str, str], dict[str, Path]]) -> None:
@@ -132,10 +185,17 @@ class Heads:
         folders = dict.fromkeys(path for held in truths.values() for path in held.values())
         parents = [artifacts.parent_of(path) for path in folders]
         settings = (config.effects, config.codes, config.ranking)
-        self._make(
-            Work("heads", f"{config.name}-{task}", inputs, parents),
-            lambda draft: circuits_api.write_heads(draft, self.model, task, truths, settings),
-        )
+        claim = config.claim and config.claim.plain()
+        inputs |= {"claim": claim} | ({"shuffled": True} if config.shuffled else {})
+
+        def fill(draft: Draft) -> dict[str, Any]:
+            facts = circuits_api.write_heads(
+                draft, self.model, task, truths, settings, shuffled=config.shuffled
+            )
+            return facts | {"claim": claim}
+
+        work = Work("heads", f"{config.name}-{task}", inputs, parents)
+        self._make(work, fill)
 
     def _make(self, work: Work, fill: Fill) -> Path:
         path = self.stages.find_or_make(work, self.config.out, fill, str(self.device))

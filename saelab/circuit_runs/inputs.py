@@ -1,6 +1,6 @@
 """What runs of circuits share: the model, finished dictionaries, prompts in two parts, the key."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saelab import api, artifacts, assets, dictionaries
 from saelab.artifacts import Manifest
-from saelab.circuit_runs.config import CircuitConfig
-from saelab.circuits.tasks import TaskData
+from saelab.circuit_runs.config import CircuitConfig, TaskConfig
+from saelab.circuits.tasks import TaskData, distinct, shuffled
 from saelab.config import Config
 from saelab.errors import ArtifactError, ConfigError, SiteError
 from saelab.models import fingerprints, resolve_device
@@ -127,6 +127,15 @@ def _finished(path: Path) -> Path:
 def load_dictionary(path: Path, model: LanguageModel) -> Dictionary:
     """Load a finished dictionary onto the model's device."""
     return dictionaries.load(path).to(model.device)
+
+
+def prompts(drawn: Callable[[int], TaskData], n: int, config: TaskConfig) -> TaskData:
+    """Return the prompts of a run: `n` different ones, shuffled where that is asked for.
+
+    Raises TaskError if the task has too few of them.
+    """
+    data = distinct(drawn, n)
+    return shuffled(data) if config.shuffled else data
 
 
 def parted(data: TaskData, pairs: int) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " rest"]]:

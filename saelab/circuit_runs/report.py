@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from saelab.artifacts import read_json, read_manifest
-from saelab.circuit_runs.features import CEILING, read_curves
+from saelab.circuit_runs.features import CEILING, CURVES, CurvePoint, read_curves
 from saelab.circuits.ability import TaskScore
 from saelab.circuits.graph import Graph
+from saelab.circuits.paired import ClaimConfig, Paired, against_best
 from saelab.report import pretty, table
 from saelab.results import read_rows
 
@@ -46,7 +47,8 @@ def heads_tables(folder: Path) -> Group:
     """Return, for each truth of a finished `heads` artifact, how well each score agrees with it.
 
     Means over draws and seeds ± their standard error, at the largest number of examples; causal
-    scores have neither. The ceiling is the truth's agreement with itself between halves.
+    scores have neither. The ceiling is the truth's agreement with itself between halves. Below it
+    what codes are better by than the best baseline of the same draw; last the claim's verdict.
     """
     manifest = read_manifest(folder)
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -56,8 +58,43 @@ def heads_tables(folder: Path) -> Group:
         place = {key: truth[key] for key in ("position", "direction")}
         mine = [row for row in rows if all(row[key] == value for key, value in place.items())]
         parts += [_truth_table(manifest.facts["task"], truth, mine), *_errors(truth)]
+        parts.append(_paired_table(place, mine))
     parts.append(Text(_seconds(rows)))
+    if manifest.facts["claim"] is not None:
+        claim = ClaimConfig.parse(manifest.facts["claim"])
+        parts.append(Text(_verdict(manifest.facts["task"], claim, against_best(rows, claim))))
     return Group(*parts)
+
+
+def _paired_table(place: Mapping[str, str], rows: list[dict[str, Any]]) -> Table:
+    """Return what codes are better by than the best baseline of the same draw, by their number of
+    examples: mean and 95 % interval over draws of the difference of Kendall's τ."""
+    codes = {(row["method"], row["negatives"]) for row in rows if row["group"] == "codes"}
+    sizes = sorted({row["examples"] for row in rows if row["examples"] is not None})
+    found = table("codes − best baseline", "negatives", *(f"{n} examples" for n in sizes))
+    found.title = f"kendall, {place['direction']}, {place['position']} position, draw by draw"
+    for method, negatives in sorted(codes):
+        about = {"score": method, "negatives": negatives, **place}
+        each = (against_best(rows, ClaimConfig.parse(about | {"examples": n})) for n in sizes)
+        found.add_row(method, negatives, *map(_difference, each))
+    return found
+
+
+def _difference(paired: Paired) -> str:
+    low, high = paired.interval
+    return f"{paired.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _verdict(task: str, claim: ClaimConfig, paired: Paired) -> str:
+    """Return what a claim came to, in a line."""
+    better = sum(difference > 0 for difference in paired.differences)
+    return (
+        f"claim: {claim.score} ranks the heads of {task} better than the best observational "
+        f"baseline ({claim.agreement}, {claim.direction}, {claim.position} position, "
+        f"{claim.examples} examples, {claim.negatives} negatives). {_difference(paired)}, better "
+        f"in {better} of {len(paired.differences)} draws, best baselines "
+        f"{', '.join(dict.fromkeys(paired.best))}: {paired.verdict(claim.smallest)}"
+    )
 
 
 def _errors(truth: dict[str, Any]) -> Iterator[Text]:
@@ -122,17 +159,23 @@ def effects_line(folder: Path) -> str:
 
 def circuit_tables(path: Path, graph: Graph, top: int) -> Group:
     """Return a circuit's curves and its strongest nodes."""
-    curves = read_curves(path)
-    sizes = sorted({point.n_nodes for points in curves.values() for point in points})
-    shares = table("faithfulness of n nodes", *(str(n) for n in sizes))
-    for arm, points in curves.items():
-        own = {p.n_nodes: pretty(p.value, p.standard_error) for p in points}
-        shares.add_row(arm, *(own.get(n, "") for n in sizes))
+    parts: list[Text | Table] = [Text(line) for line in _circuit_facts(path, graph)]
+    for name, title in CURVES.items():
+        parts += [Text(), _curve_table(title, read_curves(path, name))]
     nodes = table("node", "effect", "activation")
     for node in graph.nodes[:top]:
         nodes.add_row(node.id, pretty(node.effect, node.standard_error), pretty(node.activation))
-    facts = [Text(line) for line in _circuit_facts(path, graph)]
-    return Group(*facts, Text(), shares, Text(), nodes, Text(), Text(str(path)))
+    return Group(*parts, Text(), nodes, Text(), Text(str(path)))
+
+
+def _curve_table(title: str, curves: Mapping[str, Sequence[CurvePoint]]) -> Table:
+    """Return one measure of circuits of growing size, an arm a row."""
+    sizes = sorted({point.n_nodes for points in curves.values() for point in points})
+    found = table(f"{title}, of n nodes", *(str(n) for n in sizes))
+    for arm, points in curves.items():
+        own = {p.n_nodes: pretty(p.value, p.standard_error) for p in points}
+        found.add_row(arm, *(own.get(n, "") for n in sizes))
+    return found
 
 
 def _circuit_facts(path: Path, graph: Graph) -> list[str]:
@@ -141,6 +184,8 @@ def _circuit_facts(path: Path, graph: Graph) -> list[str]:
     lines = [
         f"{graph.name}: metric {graph.clean:.3g} on clean and {graph.corrupted:.3g} on corrupted "
         f"prompts; {len(graph.nodes)} nodes have {graph.share:.0%} of all effects",
+        f"what nodes send on is {graph.mismatch:.0%} off their effects (Σ|outflow − effect| / "
+        "Σ|effect|)",
         f"ceiling without error nodes: {pretty(ceiling['value'], ceiling['standard_error'])}",
     ]
     return lines + [

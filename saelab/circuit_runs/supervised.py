@@ -5,6 +5,7 @@ A *supervised* artifact holds `results.jsonl`.
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from saelab import dictionaries
 from saelab.artifacts import Draft, Manifest, canonical_line
+from saelab.circuit_runs import api as circuits_api
 from saelab.circuit_runs.config import RandomDecoderConfig, SupervisedRunConfig
 from saelab.circuit_runs.inputs import (
     check_sites,
@@ -21,6 +23,7 @@ from saelab.circuit_runs.inputs import (
     numbers,
     open_model,
     parted,
+    prompts,
 )
 from saelab.circuits import examples
 from saelab.circuits.ability import require_able, score
@@ -41,7 +44,8 @@ def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:
     """Find or make a supervised evaluation; return its folder.
 
     Raises ArtifactError for dictionaries of another model, ConfigError if they are of several
-    sites, or for a task whose prompts have no attributes, SiteError if the model lacks the site.
+    sites, or for a task whose prompts have no attributes, SiteError if the model lacks the site,
+    TaskError if the model cannot do the task.
     """
     chosen = chosen_dictionaries(config)
     sites = {manifest.facts["site"] for manifest in chosen.values()}
@@ -61,7 +65,9 @@ def supervised(config: SupervisedRunConfig, *, wait: float = 0.0) -> Path:
     def fill(draft: Draft) -> dict[str, Any]:
         return _write_supervised(draft, model, config, chosen, site)
 
-    return find_or_make(config, "supervised", inputs, list(chosen), fill, wait=wait)
+    found = find_or_make(config, "supervised", inputs, list(chosen), fill, wait=wait)
+    circuits_api.require_able(found, force=config.task.force)
+    return found
 
 
 def _write_supervised(
@@ -73,7 +79,8 @@ def _write_supervised(
 ) -> dict[str, Any]:
     """Hold dictionaries against labels; return the manifest's facts."""
     n = config.task.fit + config.task.test
-    data = draw(config.task.name, model, n, seed=config.task.seed)
+    stream = partial(draw, config.task.name, model, seed=config.task.seed)
+    data = prompts(stream, n, config.task)
     test, fit = (data.rows(rows) for rows in parted(data, config.task.test))
     able = score(model, test, batch=config.supervised.batch)
     log.info("%s", able)
@@ -91,6 +98,7 @@ def _write_supervised(
     draft.write(RESULTS, [canonical_line(row.plain() | origin) for row in rows])
     return {
         "task": config.task.name,
+        "ability": vars(able),
         "model": config.model.plain() | {"name": model.name},
         "site": site,
         "slots": list(section.slots),

@@ -1,8 +1,9 @@
 """Running a model on a circuit only: nodes outside it take their mean over corrupted prompts.
 
 At each site a kept node has the value that it takes in this very run, the others their mean in the
-same slot. So the full circuit is the model itself, to the bit, and in the empty one every site
-holds its mean activation, whatever the dictionary. With m the metric averaged over prompts,
+same slot of the same template: over all templates, tokens of unlike meaning would be averaged under
+one slot's name. So the full circuit is the model itself, to the bit, and in the empty one every
+site holds its mean activation, whatever the dictionary. With m the metric averaged over prompts,
 
     faithfulness  F(C) = (m(C) − m(∅)) / (m(M) − m(∅))        completeness  F(M ∖ C)
 
@@ -15,13 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.circuits.ability import mean_error
 from saelab.circuits.attribution import split
 from saelab.circuits.bases import Directions, in_forward_order
-from saelab.circuits.contrast import OUTSIDE, Contrast, by_slot, clean_metric
+from saelab.circuits.contrast import OUTSIDE, Contrast, clean_metric
 from saelab.circuits.nodes import Kept, every, without
 from saelab.errors import ConfigError
 from saelab.protocols import Edit, LanguageModel
@@ -33,55 +34,65 @@ ERRORS = 3.0
 
 @dataclass(frozen=True)
 class Means:
-    """Mean of a site's codes and errors over the positions of each slot."""
+    """Mean of a site's codes and errors over the positions of each slot, template by template."""
 
-    f: Float[Tensor, "slots d_sae"]
-    error: Float[Tensor, "slots d"]
+    f: Float[Tensor, "templates slots d_sae"]
+    error: Float[Tensor, "templates slots d"]
 
 
 @torch.no_grad()
-def means_by_slot(
+def corrupted_means(
     model: LanguageModel,
-    tokens: Int[Tensor, "n pos"],
-    slots: Int[Tensor, "n pos"],
+    contrast: Contrast,
     dictionaries: Mapping[str, Directions],
     *,
-    n_slots: int,
     batch: int = 16,
 ) -> dict[str, Means]:
-    """Return the mean codes and errors of prompts, slot by slot; 0 for a slot without position."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for part, of in zip(tokens.split(batch), slots.split(batch), strict=True):
-        for site, x in model.capture(part, list(dictionaries)).items():
+    """Return each site's mean codes and errors of corrupted prompts, by template and slot.
+
+    0 for a slot that a template has not. Raises ConfigError without corrupted prompts.
+    """
+    if contrast.corrupted is None:
+        raise ConfigError("the means of a circuit are over corrupted prompts: give some")
+    shape = (int(contrast.template_of.max()) + 1, contrast.n_slots)
+    sums = {
+        site: tuple(torch.zeros(*shape, w, dtype=torch.float64) for w in (d.d_sae, d.d_out))
+        for site, d in dictionaries.items()
+    }
+    count = torch.zeros(*shape, 1, dtype=torch.float64)
+    for chunk in contrast.chunks(batch):
+        assert chunk.corrupted is not None
+        inside = chunk.slots != OUTSIDE
+        template = chunk.template_of[:, None].expand_as(chunk.slots)[inside]
+        place = (template, chunk.slots[inside])
+        count.index_put_(place, torch.ones(len(template), 1).double(), accumulate=True)
+        for site, x in model.capture(chunk.corrupted, list(dictionaries)).items():
             parts = split(dictionaries[site], x)
-            new = tuple(by_slot(t, of, n_slots).double().sum(0) for t in (parts.f, parts.error))
-            old = sums.get(site, (0, 0))
-            sums[site] = (old[0] + new[0], old[1] + new[1])
-    count = torch.stack([(slots == slot).sum() for slot in range(n_slots)]).clamp(min=1)[:, None]
+            for total, values in zip(sums[site], (parts.f, parts.error), strict=True):
+                total.index_put_(place, values.cpu()[inside].double(), accumulate=True)
     found = {}
     for site, (f, error) in sums.items():
-        like, n = dictionaries[site].W_dec, count.to(f)
-        found[site] = Means((f / n).to(like.dtype), (error / n).to(like.dtype))
+        like, n = dictionaries[site].W_dec, count.clamp(min=1)
+        found[site] = Means((f / n).to(like), (error / n).to(like))
     return found
 
 
 def ablating(
-    dictionary: Directions,
-    kept: Bool[Tensor, "slots nodes"],
-    means: Means,
-    slots: Int[Tensor, "n pos"],
+    dictionary: Directions, kept: Bool[Tensor, "slots nodes"], means: Means, contrast: Contrast
 ) -> Edit:
-    """Return the edit that gives all nodes outside a circuit their means."""
+    """Return the edit that gives all nodes outside a circuit their means, in these prompts."""
     device = dictionary.W_dec.device
-    at = slots.clamp(min=0).to(device)
-    inside = (slots != OUTSIDE).to(device)[..., None]
+    at = contrast.slots.clamp(min=0).to(device)
+    template = contrast.template_of[:, None].to(device)
+    inside = (contrast.slots != OUTSIDE).to(device)[..., None]
     gone = ~kept.to(device)[at] & inside
 
     @torch.no_grad()
     def edit(x: Float[Tensor, "n pos d"]) -> Float[Tensor, "n pos d"]:
         parts = split(dictionary, x)
-        change = torch.where(gone[..., :-1], means.f[at] - parts.f, 0) @ dictionary.W_dec
-        change = change + torch.where(gone[..., -1:], means.error[at] - parts.error, 0)
+        f, error = means.f.to(device)[template, at], means.error.to(device)[template, at]
+        change = torch.where(gone[..., :-1], f - parts.f, 0) @ dictionary.W_dec
+        change = change + torch.where(gone[..., -1:], error - parts.error, 0)
         return x + change.to(x)
 
     return edit
@@ -100,7 +111,7 @@ def circuit_metric(
     found = []
     for chunk in contrast.chunks(batch):
         edits = {
-            site: ablating(dictionary, kept[site], means[site], chunk.slots)
+            site: ablating(dictionary, kept[site], means[site], chunk)
             for site, dictionary in dictionaries.items()
             if not bool(kept[site].all())
         }
@@ -133,14 +144,9 @@ class Faithfulness:
         seed: int = 0,
     ) -> None:
         """Take the means, and measure the two ends."""
-        if contrast.corrupted is None:
-            raise ConfigError("the means of a circuit are over corrupted prompts: give some")
         self.model, self.contrast, self.batch, self.seed = model, contrast, batch, seed
         self.dictionaries = in_forward_order(model, dictionaries)
-        self.means = means_by_slot(
-            model, contrast.corrupted, contrast.slots, self.dictionaries,
-            n_slots=contrast.n_slots, batch=batch,
-        )  # fmt: skip
+        self.means = corrupted_means(model, contrast, self.dictionaries, batch=batch)
         shapes = {
             site: torch.empty(contrast.n_slots, dictionary.d_sae + 1)
             for site, dictionary in self.dictionaries.items()
@@ -168,9 +174,12 @@ class Faithfulness:
         """Return a circuit's faithfulness."""
         return self.share(self.metric(kept))
 
-    def completeness(self, kept: Kept) -> Share:
-        """Return the faithfulness of everything else: low where the circuit is complete."""
-        return self.of(without(kept))
+    def completeness(self, kept: Kept, *, errors: bool = True) -> Share:
+        """Return the faithfulness of everything else: low where the circuit is complete.
+
+        Without `errors` of all other latents, every error at its mean: from the ceiling down to 0.
+        """
+        return self.of(without(kept, errors=errors))
 
     def ceiling(self) -> Float[Tensor, " n"]:
         """Return the metric with all latents and no error node."""

@@ -2,8 +2,9 @@
 
 A pair's two prompts have the same length, so that what one puts at a position can be put at the
 same position of the other. Positions belong to *slots* of the prompts' template (`subject`, `end`,
-or −1 for the last token): nodes of a graph and mean activations are kept per slot, so that prompts
-of several templates add up.
+or −1 for the last token): nodes of a graph are kept per slot, so that prompts of several templates
+add up. Mean activations are kept per template and slot: what `s2+1` is in one template, it is not
+in another.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ class Contrast:
     """As `clean`. Number of each position's slot; `OUTSIDE` for positions that are left alone."""
     slot_names: tuple[str, ...]
     metric: Metric
+    templates: Int[Tensor, " n4"] | None = None
+    """Number of the template that each pair is of. None: all are of one."""
 
     def __post_init__(self) -> None:
         """Check that the tables fit each other."""
@@ -50,6 +53,11 @@ class Contrast:
             raise ShapeError(
                 f"slots are {tuple(self.slots.shape)}, but prompts {tuple(self.clean.shape)}: "
                 "give each position a slot"
+            )
+        if self.templates is not None and len(self.templates) != len(self.clean):
+            raise ShapeError(
+                f"{len(self.templates)} pairs have a template, but there are {len(self.clean)}: "
+                "give each pair the number of its template"
             )
         if not len(self.clean) or not bool((self.slots != OUTSIDE).any()):
             raise ConfigError("there is no prompt with a position to look at; give some, in slots")
@@ -67,6 +75,13 @@ class Contrast:
         """Number of slots."""
         return len(self.slot_names)
 
+    @property
+    def template_of(self) -> Int[Tensor, " n"]:
+        """Number of each pair's template; 0 where all are of one."""
+        if self.templates is None:
+            return torch.zeros(len(self), dtype=torch.long)
+        return self.templates
+
     def chunks(self, batch: int) -> Iterator["Contrast"]:
         """Yield the pairs in order, `batch` at a time; each chunk's metric knows its rows."""
         for rows in torch.arange(len(self)).split(batch):
@@ -80,6 +95,7 @@ class Contrast:
             clean=self.clean[rows],
             corrupted=None if self.corrupted is None else self.corrupted[rows],
             slots=self.slots[rows],
+            templates=None if self.templates is None else self.templates[rows],
             metric=lambda logits, within: metric(logits, rows.to(within.device)[within]),
         )
 
@@ -157,7 +173,7 @@ def contrast_of(
         part = data.rows(index.cpu())
         return part.measure(part.at_end(logits))
 
-    return Contrast(data.clean, data.corrupted, slots, names, metric)
+    return Contrast(data.clean, data.corrupted, slots, names, metric, data.templates)
 
 
 def _in_order(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -51,7 +51,8 @@ class Point:
     n_nodes: int
     faithfulness: Share
     completeness: Share | None = None
-    """Faithfulness of all other nodes; only for the arm `circuit`."""
+    """Faithfulness of all other nodes, or of all other latents in the arm `circuit, no errors`;
+    only for these two arms."""
     of_ceiling: Share | None = None
     """Share of what all latents reach; only where there are no error nodes."""
 
@@ -89,7 +90,7 @@ def curves(
     """Return every arm's circuits, ranked by effects on the discovery prompts.
 
     `measure` has the test prompts, `between` the discovery prompts' `passages`. Costs a forward
-    pass over the test prompts per circuit, two for the arm `circuit`.
+    pass over the test prompts per circuit, two for the arms whose completeness is measured.
     """
     config, batch = config or CurvesConfig(), measure.batch
 
@@ -131,9 +132,11 @@ def _of_dictionaries(
         orders[f"random {draw}"] = shuffled(activity, seed=seed + draw, errors=False)
     for arm, order in orders.items():
         for n, numbers in _cut(order, config.sizes):
-            metric = measure.metric(keep(scores, numbers))
+            kept = keep(scores, numbers)
+            metric = measure.metric(kept)
+            others = measure.completeness(kept, errors=False) if arm == LATENTS else None
             relative = measure.relative(metric, ceiling)
-            yield Point(arm, n, measure.share(metric), of_ceiling=relative)
+            yield Point(arm, n, measure.share(metric), others, relative)
 
 
 def _of_basis(

@@ -7,13 +7,18 @@ through no site between them:
 
 Every site is cut: what continues from it is a leaf of its own, and gradients stop there. So one
 forward pass gives all edges, with one backward pass per target node. ∂v/∂u is taken with the
-support of v's code held fixed. Edges into the metric end at `None`. Where a later site takes in
-everything, as in the residual stream, a node's edges into all its nodes sum to the node's effect.
+support of v's code held fixed. Edges into the metric end at `None`.
+
+∂m/∂v is the gradient that v's own effect was found with: in effects of method `integrated` a mean
+over a line; ∂v/∂u, and the gradient of edges into the metric, are those of the clean prompt. So a
+node's edges into all that comes after it (`outflow`) sum to its effect where all gradients are the
+clean ones (`attribution`), or constant. With `integrated` effects they do not: each site's line is
+its own. How far they are apart is for every graph to say (`graph.Graph.mismatch`).
 
 Marks et al. 2024, arXiv 2403.19647, section 3.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +83,29 @@ def _check_places(
             )
 
 
+def outflow(
+    model: LanguageModel,
+    contrast: Contrast,
+    dictionaries: Mapping[str, Directions],
+    nodes: Sequence[Place],
+    between: Mapping[str, Passage],
+    *,
+    batch: int = 16,
+) -> Float[Tensor, " nodes"]:
+    """Return the sum of each node's edges into all nodes of later sites, and into the metric.
+
+    Averaged over prompts; float64. The node's effect, where all gradients are the clean ones. Time:
+    one backward pass per batch and site.
+    """
+    dictionaries = in_forward_order(model, dictionaries)
+    _check_places(contrast, dictionaries, nodes)
+    found = torch.zeros(len(nodes), dtype=torch.float64)
+    for rows in torch.arange(len(contrast)).split(batch):
+        own = {site: passage.rows(rows, model.device) for site, passage in between.items()}
+        found += _Cut(contrast.select(rows), dictionaries, nodes, own).outflow(model)
+    return found / len(contrast)
+
+
 class _Cut:
     """One batch with every site cut."""
 
@@ -102,16 +130,43 @@ class _Cut:
         """Run the batch, and go back from every target while the graph is alive."""
         table = torch.zeros(len(self.nodes), len(self.nodes) + 1, dtype=torch.float64)
 
-        def objective(logits: Tensor) -> Tensor:
-            metric = self.chunk.measure(logits).sum()
+        def fill(metric: Tensor) -> None:
             table[:, -1] = self._into(metric, list(self.dictionaries))
             for target, own in self.own.items():
                 self._fill(table, target, own)
+
+        self._run(model, fill)
+        return table
+
+    def outflow(self, model: LanguageModel) -> Float[Tensor, " nodes"]:
+        """Run the batch, and go back from every site as a whole: x is all its nodes together."""
+        total = torch.zeros(len(self.nodes), dtype=torch.float64)
+
+        def add(metric: Tensor) -> None:
+            total.add_(self._into(metric, list(self.dictionaries)))
+            for target, x in self.reached.items():
+                inside = (self.chunk.slots != OUTSIDE)[..., None].to(x)
+                whole = (self.gradient[target].to(x) * inside * x).sum()
+                total.add_(self._into(whole, self._before(target)))
+
+        self._run(model, add)
+        return total
+
+    def _run(self, model: LanguageModel, look: Callable[[Tensor], None]) -> None:
+        """Run the cut model; `look` is shown the metric while the graph is alive."""
+
+        def objective(logits: Tensor) -> Tensor:
+            metric = self.chunk.measure(logits).sum()
+            look(metric)
             return metric
 
         cuts = {site: self._cut(site) for site in self.dictionaries}
         model.grad_at(self.chunk.clean, [list(cuts)[-1]], objective, cuts)
-        return table
+
+    def _before(self, target: str) -> list[str]:
+        """Return the sites before one."""
+        sites = list(self.dictionaries)
+        return sites[: sites.index(target)]
 
     def _cut(self, site: str) -> Edit:
         inside = (self.chunk.slots != OUTSIDE)[..., None]
@@ -125,7 +180,7 @@ class _Cut:
 
     def _fill(self, table: Tensor, target: str, own: Sequence[int]) -> None:
         """Fill the columns of a site's nodes."""
-        before = list(self.dictionaries)[: list(self.dictionaries).index(target)]
+        before = self._before(target)
         x = self.reached[target]
         if not own or not before or not x.requires_grad:
             return

@@ -24,12 +24,12 @@ from saelab.circuits.attribution import (
 )
 from saelab.circuits.bases import Directions, in_forward_order
 from saelab.circuits.contrast import Contrast, clean_metric
-from saelab.circuits.edges import check_budget, edges
+from saelab.circuits.edges import check_budget, edges, outflow
 from saelab.circuits.nodes import Place, places, ranked
 from saelab.errors import ArtifactError
 from saelab.protocols import LanguageModel
 
-SCHEMA = 1
+SCHEMA = 2
 METRIC = "metric"
 """Id of the node at which edges end."""
 
@@ -50,6 +50,8 @@ class Node:
     """Of the effect, over prompts."""
     activation: float
     """Mean |f| over clean prompts, or ‖r‖ of an error."""
+    outflow: float
+    """Sum of its edges into everything after it, whether in the graph or not (`edges.outflow`)."""
 
     @property
     def id(self) -> str:
@@ -103,6 +105,16 @@ class Graph:
     n_prompts: int
     share: float
     """Σ|effect| of the nodes, of that of all nodes there are."""
+
+    @property
+    def mismatch(self) -> float:
+        """How far edges are from adding up to effects: Σ|outflow − effect| / Σ|effect| over nodes.
+
+        0 with effects of method `attribution`.
+        """
+        off = sum(abs(node.outflow - node.effect) for node in self.nodes)
+        whole = sum(abs(node.effect) for node in self.nodes)
+        return off / whole if whole else 0.0
 
     def node(self, name: str) -> Node:
         """Return a node by its id. Raises ArtifactError if there is none."""
@@ -185,7 +197,11 @@ def build(
     scores = {site: found.mean for site, found in effects.items()}
     chosen = places(scores, ranked(scores)[:n_nodes])
     weights = edges(model, contrast, dictionaries, chosen, between, batch=config.batch)
-    nodes = [_node(place, effects[place.site], contrast.slot_names) for place in chosen]
+    sent = outflow(model, contrast, dictionaries, chosen, between, batch=config.batch).tolist()
+    nodes = [
+        _node(place, effects[place.site], contrast.slot_names, out)
+        for place, out in zip(chosen, sent, strict=True)
+    ]
     clean = float(clean_metric(model, contrast, batch=config.batch).mean())
     corrupted = None
     if contrast.corrupted is not None:
@@ -207,11 +223,11 @@ def build(
     )  # fmt: skip
 
 
-def _node(place: Place, effects: SiteEffects, slot_names: Sequence[str]) -> Node:
+def _node(place: Place, effects: SiteEffects, slot_names: Sequence[str], outflow: float) -> Node:
     tables = (effects.mean, effects.standard_error, effects.activation)
     effect, error, activation = (float(table[place.slot, place.column]) for table in tables)
     latent = None if place.column == effects.mean.shape[1] - 1 else place.column
-    return Node(place.site, slot_names[place.slot], latent, effect, error, activation)
+    return Node(place.site, slot_names[place.slot], latent, effect, error, activation, outflow)
 
 
 def _edges(ids: Sequence[str], weights: Float[Tensor, "nodes targets"], least: float) -> list[Edge]:

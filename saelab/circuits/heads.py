@@ -7,7 +7,8 @@ that scores of last outputs can see.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,7 +33,7 @@ from saelab.circuits.patching import Direction, components_of
 from saelab.circuits.protocols import PatchableModel
 from saelab.circuits.ranking import RankingConfig, agreements
 from saelab.circuits.strata import half
-from saelab.circuits.tasks import TaskData
+from saelab.circuits.tasks import Draw, TaskData
 from saelab.clock import now
 from saelab.config import Config
 from saelab.train.config import TrainConfig
@@ -76,8 +77,8 @@ class CodesConfig(Config):
     """How it is trained."""
     normalise: bool = True
     """Centre and scale each head first; raw outputs otherwise."""
-    examples: list[int] = Field(default=[5, 10, 20], min_length=1)
-    """Numbers of positives; as many negatives."""
+    examples: list[Annotated[int, Field(ge=2)]] = Field(default=[5, 10, 20], min_length=1)
+    """Numbers of positives, two at least: a probe is fitted on half; as many negatives."""
     negatives: list[Negatives] = Field(default=["unpredictable", "off_task"], min_length=1)
     """Kinds of negatives, each by itself."""
     draws: PositiveInt = 5
@@ -109,16 +110,23 @@ class Scored:
 
 
 def score_heads(
-    model: PatchableModel, task: str, config: CodesConfig, fit: Fit
+    model: PatchableModel,
+    truth: TaskData,
+    config: CodesConfig,
+    fit: Fit,
+    *,
+    source: Draw = tasks.draw,
 ) -> Iterator[Scored]:
     """Yield the codes' scores and the observational baselines, draw by draw.
 
-    Raises what `tasks.draw` and `head_outputs` do.
+    No draw has a prompt of `truth`, which comes from the same `source`: effects were measured on
+    it. Raises what `tasks.distinct` and `head_outputs` do.
     """
     layers = torch.tensor([c.layer for c in components_of(model, "heads")])
     most = max(config.examples)
     for draw in range(config.draws):
-        data = tasks.draw(task, model, most, seed=config.first_seed + draw)
+        stream = partial(source, truth.name, model, seed=config.first_seed + draw)
+        data = tasks.distinct(stream, most, known=truth)
         started = now()
         positive = head_outputs(model, data, "clean")
         passes = now() - started
@@ -197,6 +205,8 @@ class Truth:
     effects: Effects
     others: Mapping[str, Effects]
     """Causal baselines, by name."""
+    listed: Bool[Tensor, " heads"] | None = None
+    """Heads that were published for the task, where scores are compared with them."""
 
 
 def compare(scored: Scored, truth: Truth, config: RankingConfig) -> dict[str, Any]:
@@ -206,7 +216,7 @@ def compare(scored: Scored, truth: Truth, config: RankingConfig) -> dict[str, An
     """
     about = {key: value for key, value in vars(scored).items() if key != "scores"}
     place = {"position": truth.position, "direction": truth.direction}
-    return about | place | agreements(scored.scores, truth.effects, config)
+    return about | place | agreements(scored.scores, truth.effects, config, truth.listed)
 
 
 def causal_scores(truth: Truth) -> Iterator[Scored]:

@@ -61,9 +61,9 @@ def every(like: Tables, *, errors: bool = True) -> dict[str, Bool[Tensor, "slots
     return {site: _latents_only(mask, errors) for site, mask in ones.items()}
 
 
-def without(kept: Kept) -> dict[str, Bool[Tensor, "slots nodes"]]:
-    """Return the circuit of all other nodes."""
-    return {site: ~mask for site, mask in kept.items()}
+def without(kept: Kept, *, errors: bool = True) -> dict[str, Bool[Tensor, "slots nodes"]]:
+    """Return the circuit of all other nodes, or of all other latents."""
+    return {site: _latents_only(~mask, errors) for site, mask in kept.items()}
 
 
 def places(like: Tables, numbers: Int[Tensor, " m"]) -> list[Place]:

@@ -24,19 +24,37 @@ GPT2_SMALL_IOI: Mapping[str, tuple[Component, ...]] = {
     }.items()
 }  # fmt: skip
 """The 26 heads of indirect object identification in GPT-2 small, by role: Wang et al. 2022,
-arXiv 2211.00593. The lists of the other tasks are not shipped: we have not read them."""
+arXiv 2211.00593."""
 
-LISTS: Mapping[str, Mapping[str, tuple[Component, ...]]] = {"gpt2_small_ioi": GPT2_SMALL_IOI}
-"""By name, as configurations know them."""
+GPT2_SMALL_GREATER_THAN: Mapping[str, tuple[Component, ...]] = {
+    role: tuple(Component(layer, head) for layer, head in heads)
+    for role, heads in {
+        "early, on the first year": ((0, 1), (0, 3), (0, 5)),
+        "from the first year to the end": ((5, 5), (6, 1), (6, 9), (7, 10), (8, 11), (9, 1)),
+    }.items()
+}
+"""The nine heads of greater-than in GPT-2 small: Hanna, Liu, Variengien 2023, arXiv 2305.00586, as
+in public code (github.com/ArthurConmy/Automatic-Circuit-Discovery, `acdc/greaterthan/utils.py`);
+its MLPs are no heads and left out. The lists of the other tasks are not shipped."""
+
+LISTS: Mapping[str, Mapping[str, Mapping[str, tuple[Component, ...]]]] = {
+    "gpt2_small": {"ioi": GPT2_SMALL_IOI, "greater_than": GPT2_SMALL_GREATER_THAN}
+}
+"""By model, as configurations know it, by task and by role."""
 
 
-def is_listed(name: str, components: Sequence[Component]) -> Bool[Tensor, " components"]:
-    """Return which heads are on a list. Raises ConfigError if the model lacks some of them."""
-    listed = {head for heads in LISTS[name].values() for head in heads}
+def is_listed(
+    model: str, task: str, components: Sequence[Component]
+) -> Bool[Tensor, " components"]:
+    """Return which heads are on a model's list for a task.
+
+    Raises ConfigError if the components lack some of them.
+    """
+    listed = {head for heads in LISTS[model][task].values() for head in heads}
     missing = sorted(listed - set(components))
     if missing:
         raise ConfigError(
-            f"the list {name} is of another model: this one has no heads "
+            f"the lists of {model} are of another model: this one has no heads "
             f"{', '.join(map(str, missing))}; leave `published` out"
         )
     return torch.tensor([component in listed for component in components])

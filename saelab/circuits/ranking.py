@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from saelab.circuits.effects import NEGLIGIBLE, Effects
-from saelab.circuits.published import is_listed
 from saelab.config import Config
 from saelab.errors import TaskError
 from saelab.stats import auc
@@ -28,8 +27,9 @@ class RankingConfig(Config):
     """Least |effect| of a positive."""
     negligible: float = Field(default=NEGLIGIBLE, gt=0)
     """Half-width of the band that holds a negative's 95 % interval."""
-    published: Literal["gpt2_small_ioi"] | None = None
-    """A list of heads that scores are compared with too, as if it were the truth; `ioi` only."""
+    published: Literal["gpt2_small"] | None = None
+    """Whose published heads scores are compared with too, as if they were the truth; there are
+    lists for `ioi` and `greater_than`."""
     least: int = Field(default=5, ge=1)
     """Fewest positives and negatives of a cut-off; with fewer it is left out, and without enough
     negatives for any, everything is refused."""
@@ -80,9 +80,12 @@ def _share_of_best(x: Float[Tensor, " n"], k: int) -> Float[Tensor, " n"]:
 
 
 def agreements(
-    scores: Float[Tensor, " heads"], truth: Effects, config: RankingConfig
+    scores: Float[Tensor, " heads"],
+    truth: Effects,
+    config: RankingConfig,
+    listed: Bool[Tensor, " heads"] | None = None,
 ) -> dict[str, float]:
-    """Return every agreement of a score with the truth, by name.
+    """Return every agreement of a score with the truth, by name, and with a list of heads.
 
     `auc@0.02` and `ap@0.02` are at a cut-off, `auc_helpful@` and `auc_harmful@` count only positive
     and only negative effects. Raises TaskError if the truth has too few negatives.
@@ -91,8 +94,7 @@ def agreements(
     scores = scores.double()
     found = {"kendall": kendall(scores, effect.abs()), "spearman": spearman(scores, effect.abs())}
     found |= {f"precision@{k}": precision_at(scores, effect.abs(), k) for k in config.precision_at}
-    if config.published is not None:
-        listed = is_listed(config.published, truth.components)
+    if listed is not None:
         found["auc_published"] = auc(scores, listed)
         found["ap_published"] = average_precision(scores, listed)
     if int(none.sum()) < config.least:

@@ -7,10 +7,10 @@ positions: versions can be patched into each other, and averages be taken by slo
 
 import random
 import string
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,10 +27,13 @@ Metric = Literal["logit_difference", "probability_difference"]
 probabilities."""
 TaskName = Literal["ioi", "greater_than", "docstring", "induction", "agreement"]
 Version = Literal["clean", "corrupted", "unpredictable", "off_task"]
+_VERSIONS: tuple[Version, ...] = get_args(Version)
 ALL = "all"
 """In place of a slot's name: every position."""
 END = "end"
 """Slot of the last position: the one whose logits answer."""
+_DOUBLINGS = 6
+"""How often a draw is repeated with twice the examples, for prompts that are all different."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,12 @@ TASKS: dict[str, Task] = {
 }
 
 
+Draw = Callable[..., TaskData]
+"""Gives examples as `draw` does: by name, tokenizer, number and seed."""
+
+
 def draw(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
-    """Return `n` examples of a task, its templates in turn.
+    """Return `n` examples of a task, its templates in turn; more of them begin with these.
 
     Raises ConfigError for an unknown task, and TaskError if the tokenizer has too few words that
     are single tokens.
@@ -174,6 +181,70 @@ def draw(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
     chance = random.Random(seed)  # noqa: S311 (examples, no secret)
     found = list(islice(task.examples(tokenizer, chance), n))
     return encode(tokenizer, name, task.metric, found, seed=seed)
+
+
+def distinct(
+    drawn: Callable[[int], TaskData], n: int, *, known: TaskData | None = None
+) -> TaskData:
+    """Return the first `n` rows of a draw whose clean prompts differ from each other's, and from
+    those of `known`.
+
+    `drawn` gives as many examples as it is asked for, more of them beginning with the same ones, as
+    `draw` does with its seed. Raises TaskError if there are too few different prompts.
+    """
+    seen = set() if known is None else set(_prompts(known))
+    size = n
+    while True:
+        data = drawn(size)
+        rows = _unseen(_prompts(data), seen)
+        if len(rows) >= n:
+            return data.rows(torch.tensor(rows[:n]))
+        if size >= n << _DOUBLINGS:
+            raise TaskError(
+                f"{n} prompts of {data.name} were wanted that differ from each other"
+                f"{'' if known is None else f' and from {len(known)} others'}, but {size} draws "
+                f"gave {len(rows)}; ask for fewer, or take a task with more words"
+            )
+        size *= 2
+
+
+def draw_shuffled(name: str, tokenizer: Tokenizer, n: int, *, seed: int) -> TaskData:
+    """Return what `draw` does, `shuffled`."""
+    return shuffled(draw(name, tokenizer, n, seed=seed))
+
+
+def shuffled(data: TaskData) -> TaskData:
+    """Return prompts whose tokens stand in an order of chance: a control.
+
+    Each template has one order, the same in all versions and wherever it is met, so that pairs stay
+    aligned. The first position stays; slots go with their tokens, but for `end`.
+    """
+    n = len(data)
+    order = torch.arange(data.clean.shape[1]).repeat(n, 1)
+    for template in data.templates.unique().tolist():
+        mine = (data.templates == template).nonzero()[:, 0]
+        length = int(data.lengths[mine[0]])
+        generator = torch.Generator().manual_seed(template)
+        order[mine, 1:length] = 1 + torch.randperm(length - 1, generator=generator)
+    moved = order.argsort(1)
+    slots = {
+        slot: at if slot == END else torch.where(at >= 0, moved[torch.arange(n), at], -1)
+        for slot, at in data.slots.items()
+    }
+    versions = {version: getattr(data, version).gather(1, order) for version in _VERSIONS}
+    return replace(data, slots=slots, **versions)
+
+
+def _prompts(data: TaskData) -> list[tuple[int, ...]]:
+    """Return the clean prompts, without padding."""
+    rows = zip(data.clean.tolist(), data.lengths.tolist(), strict=True)
+    return [tuple(prompt[:length]) for prompt, length in rows]
+
+
+def _unseen(prompts: Sequence[tuple[int, ...]], known: Collection[tuple[int, ...]]) -> list[int]:
+    """Return the row at which each prompt that is not known stands first."""
+    first = {prompt: row for row, prompt in reversed(list(enumerate(prompts)))}
+    return sorted(row for prompt, row in first.items() if prompt not in known)
 
 
 def encode(

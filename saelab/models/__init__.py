@@ -24,8 +24,8 @@ __all__ = [
 def load_model(
     source: str, *, dtype: str = "auto", device: str | torch.device = "auto"
 ) -> Steerable:
-    """Load a model: a named asset, `hub:org/name`, a Hugging Face folder, a .gguf file, `toy`, or
-    `handwired:induction`.
+    """Load a model: a named asset, `hub:org/name`, a Hugging Face folder, a .gguf file, `toy`,
+    `handwired:induction`, or `redrawn:SEED:` before a real one for its weights before training.
 
     `dtype` is float32, bfloat16, float16 (cuda only) or auto. Raises AssetError if the model cannot
     be found or read, ConfigError for an unknown dtype or device.

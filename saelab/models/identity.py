@@ -1,5 +1,6 @@
 """Which model a source means, without loading it: the pipeline asks this on every command."""
 
+import re
 import socket
 import time
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ class ModelIdentity:
     d_vocab: int
     folder: Path | None
     """The Hugging Face folder; None for a toy."""
+
+
+_REDRAWN = re.compile(r"redrawn:(\d+):(.+)")
+
+
+def redrawn_seed(source: str) -> int | None:
+    """Return the seed of `redrawn:SEED:MODEL`, whose weights are drawn anew; None of any other."""
+    found = _REDRAWN.fullmatch(source)
+    return None if found is None else int(found[1])
 
 
 def identify(
@@ -99,6 +109,12 @@ def _identify_handwired(source: str, dtype: str) -> ModelIdentity:
 
 def _folder_of(source: str) -> tuple[Path, str, str]:
     """Return the Hugging Face folder of a source, its name and a checksum of its content."""
+    if again := _REDRAWN.fullmatch(source):
+        seed, inner = again.groups()
+        if toy.is_toy(inner) or handwired.is_handwired(inner):
+            raise ConfigError(f"{inner} has no trained weights to redraw; take `toy:seed={seed}`")
+        folder, name, content = _folder_of(inner)
+        return folder, f"{name}-redrawn-{seed}", f"{content}:redrawn:{seed}"
     resolved = assets.resolve(source, "model")
     content = assets.identity(source, "model")
     if resolved.path.is_dir():

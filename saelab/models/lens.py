@@ -20,7 +20,7 @@ from saelab.errors import AssetError
 from saelab.models.convert import quiet_transformers
 from saelab.models.hooked import HookedModel
 from saelab.models.hooks import Point, linear_map, read
-from saelab.models.identity import DTYPES, ModelIdentity
+from saelab.models.identity import DTYPES, ModelIdentity, redrawn_seed
 from saelab.types import SiteInfo, TokenRun
 
 _SITES = {
@@ -164,18 +164,13 @@ class LensModel(HookedModel):
 
 
 def _load(identity: ModelIdentity, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = str(identity.folder)
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=DTYPES[identity.dtype],
-            )
+            network: Any = _network(folder, DTYPES[identity.dtype], redrawn_seed(identity.source))
         except (OSError, ValueError, KeyError) as error:
             raise AssetError(
                 f"{folder} cannot be loaded as a causal language model: {error}"
@@ -186,6 +181,20 @@ def _load(identity: ModelIdentity, device: torch.device) -> tuple[Any, Any]:
             "convert it to tokenizer.json"
         )
     return network.eval().requires_grad_(False).to(device), tokenizer
+
+
+def _network(folder: str, dtype: torch.dtype, seed: int | None) -> nn.Module:
+    """Return the trained network or, with a seed, one as its makers start it before training."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if seed is None:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=dtype
+        )
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def home(run, monkeypatch):
 def test_the_page_draws_the_graph_and_switches_a_node_off(home):
     html = open_page(home, "circuit")
     assert "of all effects" in html and "ceiling" in html
-    assert len(home.get("plotly_chart")) == 2
+    assert len(home.get("plotly_chart")) == 4
     picked = home.selectbox[0].value
     assert picked in html and "the metric" in html
     home.button(key=next(b.key for b in home.button if "switch" in str(b.key))).click().run()

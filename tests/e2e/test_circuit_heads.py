@@ -1,18 +1,20 @@
 """`saelab circuits heads` from a configuration to its tables, on a model whose heads are known."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from fabricated import artifact
 from typer.testing import CliRunner
 
-from saelab import artifacts
+from saelab import api, artifacts
 from saelab.circuit_runs import api as circuits_api
 from saelab.circuit_runs import heads as circuits_run
 from saelab.circuits import ability
 from saelab.cli import app
-from saelab.errors import ConfigError, TaskError
+from saelab.errors import ConfigError, SiteError, TaskError
 
 
 def settings(out, **changes):
@@ -28,6 +30,8 @@ def settings(out, **changes):
             "draws": 1,
         },
         "ranking": {"precision_at": [2], "cutoffs": [0.05], "least": 1},
+        "claim": {"score": "codes", "examples": 4},
+        "controls": ["shuffled"],
         "out": str(out),
         "threads": 1,
     } | changes
@@ -71,19 +75,51 @@ def test_every_score_is_compared_with_every_truth(made):
     for truth in manifest.facts["truths"]:
         assert truth["ceiling"]["kendall"] == pytest.approx(1.0)
         assert truth["counts"]["negatives"] == (2 if truth["position"] == "all" else 3)
+    assert "control, shuffled: induction: refused: the model cannot do the task" in printed
+    assert "codes − best baseline" in printed and "undecided (too few draws)" in printed
     for word in ("ceiling", "codes_normalised", "TFLOP", "noising", "of the gap off", "codes took"):
         assert word in printed
+
+
+def test_a_control_that_can_do_the_task_is_shown_beside(made, monkeypatch):
+    out, _ = made
+    monkeypatch.setattr(circuits_run, "controls", lambda config: [("shuffled", config)])
+    result = CliRunner().invoke(app, ["circuits", "heads", str(out.parent / "heads.yaml")])
+    assert result.exit_code == 0, result.output
+    first, second = result.output.split("control, shuffled: induction\n")
+    assert "codes − best baseline" in first and "codes − best baseline" in second
+
+
+def test_controls_differ_in_one_thing_and_are_not_forced(tmp_path):
+    config = circuits_run.load_heads(
+        settings(
+            tmp_path, model={"source": "smollm2-135m"}, tasks=["ioi", "induction"], force=True,
+            controls=["redrawn", "shuffled"],
+        )
+    )  # fmt: skip
+    found = list(circuits_run.controls(config))
+    assert [(name, c.tasks[0]) for name, c in found] == [
+        (control, task) for control in ("redrawn", "shuffled") for task in ("ioi", "induction")
+    ]
+    assert {c.model.source for _, c in found[:2]} == {"redrawn:0:smollm2-135m"}
+    assert [c.shuffled for _, c in found] == [False, False, True, True]
+    assert not any(c.force or c.controls for _, c in found)
+    with pytest.raises(ConfigError, match="handwired:induction has no trained weights to draw"):
+        circuits_run.load_heads(settings(tmp_path, controls=["redrawn"]))
+    assert all(c.codes == config.codes and c.effects == config.effects for _, c in found)
 
 
 def test_what_a_run_cannot_do_is_said(tmp_path):
     with pytest.raises(ConfigError, match="leaves no codes to differ"):
         circuits_run.load_heads(
-            settings(tmp_path, codes={"dictionary": {"type": "topk", "d_sae": 4}})
+            settings(tmp_path, codes={"dictionary": {"type": "topk", "d_sae": 4}}, claim=None)
         )
     with pytest.raises(ConfigError, match="also the seed of a draw"):
         circuits_run.load_heads(settings(tmp_path, effects={"seed": 1000}))
-    with pytest.raises(ConfigError, match=r"lists heads of ioi"):
-        circuits_run.load_heads(settings(tmp_path, ranking={"published": "gpt2_small_ioi"}))
+    with pytest.raises(ConfigError, match=r"lists heads of ioi, greater_than, .* has induction"):
+        circuits_run.load_heads(settings(tmp_path, ranking={"published": "gpt2_small"}))
+    with pytest.raises(ConfigError, match=r"claim\.examples=10 is not among what is run: 4"):
+        circuits_run.load_heads(settings(tmp_path, claim={}))
     with pytest.raises(ConfigError, match=r"tasks\.0: input should be"):
         circuits_run.load_heads(settings(tmp_path, tasks=["inductoin"]))
     config = circuits_run.load_heads(settings(tmp_path, model={"source": "toy"}))
@@ -91,6 +127,28 @@ def test_what_a_run_cannot_do_is_said(tmp_path):
         TaskError, match=r"15 words that are single tokens are needed, but toy has \d+"
     ):
         circuits_run.Heads(config).execute()
+
+
+def test_one_example_is_refused_before_anything_is_patched(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"codes\.examples\.1: input should be greater than or eq"
+    ):
+        circuits_run.load_heads(
+            settings(tmp_path, codes=settings(tmp_path)["codes"] | {"examples": [4, 1]})
+        )
+
+
+def test_a_model_that_cannot_do_the_task_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELAB_CACHE", str(tmp_path / "cache"))
+    unable = settings(tmp_path, model={"source": "handwired:induction:sharpness=0"})
+    with pytest.raises(TaskError, match="cannot do the task"):
+        circuits_run.Heads(circuits_run.load_heads(unable)).execute()
+
+
+def test_a_model_that_cannot_be_entered_midway_is_refused(monkeypatch):
+    monkeypatch.setattr(api, "load_model", lambda *_, **__: SimpleNamespace(name="closed"))
+    with pytest.raises(SiteError, match="closed has no `remember` and `resume`"):
+        circuits_api.load_model("closed", "float32", torch.device("cpu"))
 
 
 def test_effects_that_were_forced_are_refused_without_force(tmp_path):
@@ -112,5 +170,6 @@ def test_the_shipped_configuration_fixes_the_scores_and_their_cut_offs():
     config = circuits_run.load_heads("circuits/heads")
     assert config.effects.pairs >= 64 and config.codes.draws >= 5
     assert config.codes.examples == [5, 10, 20]
+    assert (config.codes.draws, config.codes.seeds) == (5, [0]) and config.claim is not None
     assert config.ranking.precision_at == [10, 26]
     assert config.ranking.cutoffs == [0.01, 0.02, 0.05, 0.1] and config.ranking.negligible == 0.005

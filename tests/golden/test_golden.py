@@ -11,11 +11,16 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import circuit_prompts
 import pytest
 from safetensors.torch import load_file
 
 import saelab
 from saelab import pipeline
+from saelab.circuit_runs import features as circuits_features
+from saelab.circuit_runs import supervised as circuits_supervised
+from saelab.circuit_runs.config import FeaturesConfig, SupervisedRunConfig
+from saelab.circuit_runs.heads import Heads, load_heads
 
 GOLDEN = Path(__file__).parent / "toy_run.json"
 
@@ -39,7 +44,47 @@ def outputs(tmp_path_factory):
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAELAB_CACHE", str(root / "cache"))
-        return {step.stage: step.path for step in saelab.run(config)}
+        made = {step.stage: step.path for step in saelab.run(config)}
+        for runs in (circuits_features, circuits_supervised):
+            patch.setattr(runs, "draw", circuit_prompts.draw)
+        return made | circuits(root / "out", made["dictionary"])
+
+
+def circuits(out: Path, dictionary: Path) -> dict[str, Path]:
+    heads = {
+        "name": "golden", "model": {"source": "handwired:induction:sharpness=5"},
+        "tasks": ["induction"], "out": str(out),
+        "effects": {"pairs": 8, "positions": ["end"], "gradient_steps": 2},
+        "codes": {
+            "dictionary": {"type": "topk", "d_sae": 16, "k": 2}, "examples": [4], "draws": 2,
+            "train": {"batch": 8, "tokens": 64}, "negatives": ["unpredictable"],
+        },
+        "ranking": {"precision_at": [2], "cutoffs": [0.05], "least": 1, "negligible": 0.02},
+    }  # fmt: skip
+    steps = Heads(load_heads(heads)).execute()
+    common = {
+        "name": "golden",
+        "model": {"source": "toy"},
+        "dictionaries": [dictionary],
+        "out": out,
+    }
+    task = {"name": "ioi", "force": True}
+    features = FeaturesConfig.parse(
+        common | {
+            "task": task | {"pairs": 8, "test_pairs": 12}, "graph": {"nodes": 6},
+            "attribution": {"steps": 2}, "curves": {"sizes": [4], "draws": 1},
+        }
+    )  # fmt: skip
+    supervised = SupervisedRunConfig.parse(
+        common | {
+            "task": task | {"fit": 160, "test": 48},
+            "supervised": {"budgets": [2], "slots": ["end"], "shrink": [0]},
+        }
+    )  # fmt: skip
+    return {step.stage: step.path for step in reversed(steps)} | {
+        "circuit": circuits_features.features(features),
+        "supervised": circuits_supervised.supervised(supervised),
+    }
 
 
 def describe_store(path: Path) -> dict:
@@ -71,6 +116,30 @@ def describe_features(path: Path) -> dict:
         return {"schema": schema, "counts": counts}
 
 
+def describe_effects(path: Path) -> dict:
+    return tensors(path, "effects*")
+
+
+def describe_heads(path: Path) -> dict:
+    rows = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    kept = {"codes", "direct_logits", "zero_patching"}
+    return {"columns": sorted({key for row in rows for key in row})} | {
+        f"{row['method']}, {row['direction']}, draw {row['draw']}": row["kendall"]
+        if row["method"] in kept
+        else "there"
+        for row in rows
+    }
+
+
+def describe_circuit(path: Path) -> dict:
+    graph = json.loads((path / "graph.json").read_text())
+    graph["nodes"] = [[n["id"], n["effect"], n["outflow"]] for n in graph["nodes"]]
+    del graph["sites"]  # content hashes are the processor's
+    held = tensors(path, "tensors*")
+    kept = {key: held[key] for key in held if ".clean" in key or ":means" in key}
+    return describe_results(path) | kept | {"tensors": sorted(held), "graph": graph}
+
+
 def tensors(path: Path, pattern: str) -> dict:
     described = {}
     for file in sorted(path.glob(pattern)):
@@ -94,6 +163,10 @@ DESCRIBE = {
     "dictionary": describe_dictionary,
     "results": describe_results,
     "features": describe_features,
+    "effects": describe_effects,
+    "heads": describe_heads,
+    "circuit": describe_circuit,
+    "supervised": describe_results,
 }
 
 

@@ -13,7 +13,8 @@ from saelab.circuits.attribution import (
 )
 from saelab.circuits.bases import neurons, principal_directions
 from saelab.circuits.contrast import clean_metric
-from saelab.circuits.edges import cost, edges
+from saelab.circuits.edges import cost, edges, outflow
+from saelab.circuits.graph import build
 from saelab.circuits.nodes import Place, every, places, ranked
 from saelab.dictionaries.matching_pursuit import MatchingPursuit, MatchingPursuitConfig
 from saelab.dictionaries.topk import TopK, TopKConfig
@@ -232,10 +233,28 @@ def test_in_a_stream_edges_out_of_a_node_sum_to_its_effect(toy_model, kind):
     ]
     between = passages(toy_model, contrast, dictionaries, config)
     found = edges(toy_model, contrast, dictionaries, all_places, between, batch=2)
+    sent = outflow(toy_model, contrast, dictionaries, all_places, between, batch=1)
+    torch.testing.assert_close(sent, found.sum(1), atol=1e-3, rtol=1e-3)
     for i, place in enumerate(all_places):
         effect = float(scores[place.site][place.slot, place.column])
         out = found[i, :-1].sum() if place.site == sites[0] else found[i, -1]
         assert float(out) == pytest.approx(effect, abs=1e-3, rel=1e-3)
+
+
+def test_edges_add_up_to_clean_effects_and_only_roughly_to_integrated_ones(toy_model):
+    """The gradient at a target is the mean over a line, what leads to it the clean prompt's."""
+    sites = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    dictionaries = {site: started(TopK(TopKConfig(d_in=32, d_sae=8, k=3))) for site in sites}
+    contrast = random_contrast(6, 5, toy_model.d_vocab)
+    off = {}
+    for method in ("attribution", "integrated"):
+        config = AttributionConfig(method=method, steps=5, batch=4)
+        found = build(toy_model, contrast, dictionaries, n_nodes=20, config=config)
+        by_hand = sum(abs(n.outflow - n.effect) for n in found.nodes)
+        off[method] = by_hand / sum(abs(n.effect) for n in found.nodes)
+        assert found.mismatch == pytest.approx(off[method])
+    assert off["attribution"] < 1e-3
+    assert off["integrated"] == pytest.approx(0.92, abs=0.05)
 
 
 # ----------------------------------------------------------------------------------------- choices

@@ -6,6 +6,7 @@ from circuit_tasks import WORDS, induction, random_pairs
 from doubles import WordTokenizer
 
 from saelab.circuits import baselines, tasks
+from saelab.circuits import heads as scores_of_heads
 from saelab.circuits.discrete_codes import (
     SILENT,
     Codes,
@@ -142,6 +143,23 @@ def test_what_heads_write_adds_up_to_the_attention_output(toy_model):
     site = "blocks.1.hook_attn_out"
     whole = data.at_end(toy_model.capture(data.clean, [site])[site])
     torch.testing.assert_close(written[:, 4:].sum(1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_scores_come_from_other_prompts_than_the_truth(monkeypatch):
+    model, _ = induction()
+    config = scores_of_heads.CodesConfig(examples=[4], draws=1, first_seed=7)
+    truth = tasks.draw("induction", model, 3, seed=7)
+    used = []
+
+    def outputs(model, data, version):
+        used.append(data)
+        raise LookupError
+
+    monkeypatch.setattr(scores_of_heads, "head_outputs", outputs)
+    with pytest.raises(LookupError):
+        next(scores_of_heads.score_heads(model, truth, config, lambda rows, seed: None))
+    following = tasks.draw("induction", model, 7, seed=7).clean[3:]
+    assert torch.equal(used[0].clean, following)
 
 
 def test_the_published_list_has_26_different_heads():

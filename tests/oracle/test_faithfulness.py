@@ -69,6 +69,20 @@ def test_the_empty_circuit_holds_each_sites_mean_whatever_the_dictionary(linear,
     torch.testing.assert_close(measure.empty, expected.double(), atol=1e-3, rtol=1e-3)
 
 
+def test_a_node_outside_takes_the_mean_of_its_own_template(linear, contrast):
+    """Two templates with a slot of one name, whose tokens have nothing in common."""
+    mixed = replace(contrast, templates=torch.arange(len(contrast)) % 2)
+    own = Faithfulness(linear, mixed, {LAST: linear_codes(3, 5)}, batch=4)
+    x = linear.capture(contrast.corrupted, [LAST])[LAST]
+    mean = torch.stack([x[0::2].mean(0), x[1::2].mean(0)])[mixed.templates]
+    put = torch.cat([linear.capture(contrast.clean, [LAST])[LAST][:, :1], mean[:, 1:]], 1)
+    expected = contrast.measure(linear.logits(contrast.clean, {LAST: lambda y: put[: len(y)]}))
+    torch.testing.assert_close(own.empty, expected.double(), atol=1e-3, rtol=1e-3)
+    pooled = Faithfulness(linear, contrast, {LAST: linear_codes(3, 5)}, batch=4)
+    assert float((own.empty - pooled.empty).abs().max()) > 0.1
+    assert own.means[LAST].f.shape == (2, contrast.n_slots, 5)
+
+
 def test_a_circuit_is_what_running_the_model_node_by_node_gives(linear, contrast, measure):
     own = dictionaries()
     generator = torch.Generator().manual_seed(5)
@@ -111,6 +125,21 @@ def test_faithfulness_with_its_error_does_not_depend_on_the_batch(linear, contra
     torch.testing.assert_close(measure.metric(kept), measure.ceiling())
 
 
+def test_without_errors_what_is_left_goes_from_the_ceiling_to_nothing(measure):
+    everything, nothing = measure.everything, without(measure.everything)
+    ceiling = measure.share(measure.ceiling()).value
+    assert measure.completeness(nothing, errors=False).value == pytest.approx(ceiling)
+    assert measure.completeness(everything, errors=False).value == 0.0
+    half = {site: mask.clone() for site, mask in nothing.items()}
+    half[LAST][:, 0] = True
+    others = {site: mask.clone() for site, mask in everything.items()}
+    for mask in others.values():
+        mask[:, -1] = False
+    others[LAST][:, 0] = False
+    found = measure.completeness(half, errors=False).value
+    assert found == pytest.approx(measure.of(others).value) and found != pytest.approx(ceiling)
+
+
 def test_a_metric_within_noise_has_no_faithfulness(linear, contrast):
     same = replace(contrast, corrupted=contrast.clean)
     one_prompt = same.select(torch.tensor([0, 0, 0]))
@@ -130,6 +159,8 @@ def test_curves_reach_one_with_errors_and_the_ceiling_without(linear, contrast, 
     assert set(last) == {CIRCUIT, LATENTS, "by activation", "random 0", "neurons", "pca"}
     assert last[CIRCUIT].faithfulness.value == pytest.approx(1, abs=1e-4)
     assert last[CIRCUIT].completeness.value == pytest.approx(0, abs=1e-4)
+    assert last[LATENTS].completeness.value == pytest.approx(0, abs=1e-4)
+    assert all(p.completeness is None for p in found.points if p.arm not in (CIRCUIT, LATENTS))
     for arm in (LATENTS, "by activation", "random 0"):
         assert last[arm].faithfulness.value == pytest.approx(found.ceiling.value, abs=1e-4)
         assert last[arm].of_ceiling.value == pytest.approx(1, abs=1e-4)
@@ -203,6 +234,7 @@ def test_tasks_become_pairs_with_a_slot_for_every_position():
     assert torch.equal(some.slots, contrast.slots[:2])
     with pytest.raises(ConfigError, match="those known"):
         contrast_of(data, slot_names=("s2", "end"))
+    assert torch.equal(some.template_of, data.templates[:2])
     part = contrast.select(torch.tensor([4, 1])).select(torch.tensor([1]))
     torch.testing.assert_close(part.measure(logits[[1]]), contrast.measure(logits)[[1]])
 
@@ -212,6 +244,8 @@ def test_prompts_that_do_not_fit_are_refused(contrast):
         replace(contrast, corrupted=contrast.clean[:, :-1])
     with pytest.raises(ConfigError, match="no prompt"):
         replace(contrast, slots=torch.full_like(contrast.slots, -1))
+    with pytest.raises(ShapeError, match="2 pairs have a template"):
+        replace(contrast, templates=torch.tensor([0, 1]))
     with pytest.raises(ShapeError, match="no name"):
         replace(contrast, slot_names=("a",))
     wrong = Contrast(

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from circuit_tasks import induction, inhibition, random_pairs
+from circuit_toys import linear_model
 
 from saelab.circuits import effects, patching
 from saelab.circuits.effects import Component, Effects
+from saelab.circuits.head_outputs import head_outputs
+from saelab.circuits.linear import attribution_patching
 from saelab.circuits.patching import PatchConfig
 from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
 
@@ -159,6 +162,17 @@ def test_what_cannot_be_patched_is_refused(toy_model):
     model, data = inhibition()
     with pytest.raises(SiteError, match="no site for mlp"):
         patching.patch(model, data, PatchConfig(kind="mlp"))
+
+
+def test_a_model_without_sites_for_heads_is_refused_whoever_asks(toy_model):
+    model, data = linear_model(), random_pairs(toy_model)
+    for ask in (
+        lambda: patching.patch(model, data, PatchConfig()),
+        lambda: attribution_patching(model, data),
+        lambda: head_outputs(model, data, "clean"),
+    ):
+        with pytest.raises(SiteError, match=r"linear has no site for heads \(attn\.hook_z"):
+            ask()
 
 
 def test_a_difference_within_noise_is_refused():

@@ -92,13 +92,15 @@ def test_patching_and_attribution_give_the_heads_of_a_known_circuit_with_auc_one
 
 
 def test_the_published_list_stands_beside_the_truth_and_is_refused_for_another_model():
-    config = RankingConfig(precision_at=[3], cutoffs=[], least=1, published="gpt2_small_ioi")
+    config = RankingConfig(precision_at=[3], cutoffs=[], least=1)
     components = heads_of(12, 12)
     exact = Effects(components, torch.zeros(9, 144), torch.ones(9))
-    listed = is_listed("gpt2_small_ioi", components)
-    assert int(listed.sum()) == 26
-    found = ranking.agreements(listed.double(), exact, config)
-    assert found["auc_published"] == found["ap_published"] == 1
-    assert ranking.agreements(-listed.double(), exact, config)["auc_published"] == 0
+    for task, n in (("ioi", 26), ("greater_than", 9)):
+        listed = is_listed("gpt2_small", task, components)
+        assert int(listed.sum()) == n
+        found = ranking.agreements(listed.double(), exact, config, listed)
+        assert found["auc_published"] == found["ap_published"] == 1
+        assert ranking.agreements(-listed.double(), exact, config, listed)["auc_published"] == 0
+    assert "auc_published" not in ranking.agreements(listed.double(), exact, config)
     with pytest.raises(ConfigError, match=r"this one has no heads 2\.2, 3\.0"):
-        ranking.agreements(torch.ones(len(EFFECTS)), truth(EFFECTS), config)
+        is_listed("gpt2_small", "ioi", heads_of(2, 12))

@@ -6,7 +6,9 @@ from dataclasses import replace
 import circuit_prompts
 import jsonschema
 import pytest
+import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
 from saelab import artifacts
 from saelab.circuit_runs import features as circuits_features
@@ -19,8 +21,11 @@ from saelab.circuit_runs.config import (
 )
 from saelab.circuit_runs.inputs import chosen_dictionaries, parted
 from saelab.circuit_runs.report import circuit_tables, supervised_table
+from saelab.circuits.ability import TaskScore
 from saelab.circuits.contrast import contrast_of
+from saelab.circuits.tasks import shuffled
 from saelab.circuits.viewer import schema
+from saelab.cli import app
 from saelab.errors import ArtifactError, ConfigError, SiteError, TaskError
 from saelab.results import read_rows
 from saelab.run_config import load_config
@@ -81,12 +86,13 @@ def test_a_circuit_holds_its_graph_its_numbers_and_what_runs_it_again(made):
     names = [artifacts.read_manifest(path).name for path in paths]
     assert [site.dictionary for site in graph.sites] == names
     assert all(site.content_hash for site in graph.sites)
-    assert circuit.means[LAST].f.shape == (len(graph.slots), 24)
+    assert circuit.means[LAST].f.shape == (2, len(graph.slots), 24)
     assert contrast_of(circuit.prompts, slot_names=graph.slots).n_slots == len(graph.slots)
     assert len(circuit.prompts) == len(circuit.prompts.attributes["io"]) == 12
     rows = {(row["name"], row["arm"]): row for row in read_rows(found)}
     assert ("faithfulness", "all latents, no errors") in rows
     assert ("completeness", "circuit(n=4)") in rows
+    assert ("completeness", "circuit, no errors(n=4)") in rows
     assert ("faithfulness", "pca(n=4)") in rows
     assert {p.stage for p in manifest.parents} == {"dictionary"}
 
@@ -104,6 +110,41 @@ def test_the_tables_say_what_was_found(made):
     console.print(circuit_tables(found, graph, 3))
     text = console.export_text()
     assert graph.nodes[0].id in text and "ceiling" in text and "by activation" in text
+    assert "what nodes send on is 0% off their effects" in text
+    for title in circuits_features.CURVES.values():
+        assert f"{title}, of n nodes" in text
+
+
+def invoke(command, config, folder):
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
+    result = CliRunner().invoke(app, ["circuits", command, str(path)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_prints_a_circuit(made, patched, tmp_path):
+    out, paths, found = made
+    printed = invoke("features", features_config(out, paths), tmp_path)
+    node = circuits_features.open_circuit(found).graph.nodes[0].id
+    assert node in printed and f"saelab app {out}" in "".join(printed.splitlines())
+
+
+def test_curves_are_read_back_by_what_they_measure(made):
+    _, _, found = made
+    rows = {(row["name"], row["arm"]): row["value"] for row in read_rows(found)}
+    arms = {"completeness": {"circuit", "circuit, no errors"}}
+    arms["faithfulness_of_ceiling"] = {"circuit, no errors", "by activation", "random 0"}
+    arms["faithfulness"] = (
+        arms["completeness"] | arms["faithfulness_of_ceiling"] | {"neurons", "pca"}
+    )
+    for name, expected in arms.items():
+        curves = circuits_features.read_curves(found, name)
+        assert set(curves) == expected
+        for arm, (point,) in curves.items():
+            assert (point.n_nodes, point.value) == (4, rows[name, f"{arm}(n=4)"])
+    with pytest.raises(ConfigError, match="did you mean 'completeness'"):
+        circuits_features.read_curves(found, "completness")
 
 
 def test_discovery_and_test_share_no_prompt_and_both_have_every_template(toy_model):
@@ -111,6 +152,43 @@ def test_discovery_and_test_share_no_prompt_and_both_have_every_template(toy_mod
     first, second = parted(data, 8)
     assert len(first) == 8 and sorted([*first.tolist(), *second.tolist()]) == list(range(24))
     assert set(data.templates[first].tolist()) == set(data.templates[second].tolist()) == {0, 1}
+
+
+def prompts(data):
+    rows = zip(data.clean.tolist(), data.lengths.tolist(), strict=True)
+    return [tuple(prompt[:length]) for prompt, length in rows]
+
+
+class Seen(Exception):
+    pass
+
+
+def test_no_prompt_is_both_found_on_and_tested_on(made, patched, monkeypatch, toy_model, tmp_path):
+    _, paths, _ = made
+    task = {"name": "ioi", "pairs": 60, "test_pairs": 60, "force": True}
+    plain = prompts(circuit_prompts.draw("ioi", toy_model, 120, seed=0))
+    assert len(set(plain)) < len(plain), "words are so few that a draw repeats itself"
+
+    def pairs(data, **_):
+        raise Seen(data)
+
+    def evaluation(model, site, fit, test, *_, **__):
+        raise Seen(fit, test)
+
+    monkeypatch.setattr(circuits_features, "contrast_of", pairs)
+    with pytest.raises(Seen) as seen:
+        circuits_features.features(features_config(tmp_path, paths, task=task))
+    (data,) = seen.value.args
+    assert len(data) == len(set(prompts(data))) == 120
+    mixed = features_config(tmp_path, paths, task=task | {"shuffled": True})
+    with pytest.raises(Seen) as seen:
+        circuits_features.features(mixed)
+    assert prompts(seen.value.args[0]) == prompts(shuffled(data)) != prompts(data)
+    monkeypatch.setattr(circuits_supervised, "SupervisedEvaluation", evaluation)
+    with pytest.raises(Seen) as seen:
+        circuits_supervised.supervised(supervised_config(tmp_path, paths[1:]))
+    fit, test = map(prompts, seen.value.args)
+    assert (len(fit), len(test)) == (160, 48) and not set(fit) & set(test)
 
 
 def test_dictionaries_of_another_model_or_of_one_site_twice_are_refused(made, patched, toy_model):
@@ -186,7 +264,27 @@ def test_a_task_that_the_model_cannot_do_is_refused_unless_forced(made, patched,
         circuits_features.features(features_config(out, paths, task=task))
 
 
-def test_a_supervised_run_scores_every_arm(made, patched):
+def test_what_was_forced_is_refused_without_force_also_when_it_is_found(
+    made, patched, monkeypatch, tmp_path
+):
+    unable = TaskScore("ioi", "logit_difference", 9, 0.4, 0.1, 0.5, 0.1, 0.2, 0.0, 0.1, 0.2)
+    _, paths, _ = made
+    circuit = features_config(tmp_path, paths, name="forced")
+    labels = supervised_config(tmp_path, paths[1:])
+    for runs, run, config in (
+        (circuits_features, circuits_features.features, circuit),
+        (circuits_supervised, circuits_supervised.supervised, labels),
+    ):
+        monkeypatch.setattr(runs, "score", lambda *_, **__: unable)
+        plain = config.model_copy(update={"task": config.task.model_copy(update={"force": False})})
+        with pytest.raises(TaskError, match="40% right of 9"):
+            run(plain)
+        assert run(config) == run(config)
+        with pytest.raises(TaskError, match="40% right of 9"):
+            run(plain)
+
+
+def test_a_supervised_run_scores_every_arm(made, patched, tmp_path):
     out, paths, _ = made
     config = supervised_config(out, [paths[1].parent / "toy-1-0"])
     found = circuits_supervised.supervised(config)
@@ -203,6 +301,8 @@ def test_a_supervised_run_scores_every_arm(made, patched):
     console = Console(width=160, record=True)
     console.print(supervised_table(found))
     assert "necessity" in console.export_text()
+    printed = invoke("supervised", config, tmp_path)
+    assert "necessity" in printed and found.name in printed
     two_sites = config.model_copy(update={"dictionaries": paths})
     with pytest.raises(ConfigError, match="compared at one site"):
         circuits_supervised.supervised(two_sites)

@@ -105,6 +105,69 @@ def test_an_unknown_task_is_refused_with_the_nearest():
         draw("docstrings")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_more_examples_of_a_seed_begin_with_the_same_ones(name):
+    tokenizer = WordTokenizer()
+    few, many = (tasks.draw(name, tokenizer, n, seed=0) for n in (6, 40))
+    first = many.rows(torch.arange(6))
+    width = few.clean.shape[1]
+    for version in ("clean", "corrupted", "unpredictable", "off_task"):
+        assert torch.equal(getattr(first, version)[:, :width], getattr(few, version))
+    assert torch.equal(first.templates, few.templates)
+    assert first.attributes == few.attributes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shuffled_prompts_have_the_same_tokens_and_stay_aligned(name):
+    tokenizer = WordTokenizer(bos_id=3)
+    plain = tasks.draw(name, tokenizer, 16, seed=0)
+    mixed = tasks.draw_shuffled(name, tokenizer, 16, seed=0)
+    rows = torch.arange(16)
+    assert not torch.equal(mixed.clean, plain.clean) and torch.equal(mixed.right, plain.right)
+    for version in ("clean", "corrupted", "unpredictable", "off_task"):
+        before, after = getattr(plain, version), getattr(mixed, version)
+        assert torch.equal(before.sort(1).values, after.sort(1).values)
+        assert bool((after[:, 0] == 3).all())
+        for slot in set(plain.slots) - {"end"}:
+            has = plain.slots[slot] >= 0
+            assert torch.equal((mixed.slots[slot] >= 0), has)
+            there, here = before[rows, plain.slots[slot]], after[rows, mixed.slots[slot]]
+            assert torch.equal(there[has], here[has])
+    assert torch.equal(mixed.slots["end"], plain.slots["end"])
+    changed = (plain.clean != plain.corrupted).sum(1)
+    assert torch.equal((mixed.clean != mixed.corrupted).sum(1), changed)
+    more = tasks.draw_shuffled(name, tokenizer, 40, seed=0)
+    assert torch.equal(more.clean[:16, : mixed.clean.shape[1]], mixed.clean)
+
+
+def prompts(data):
+    return [row[:n] for row, n in zip(data.clean.tolist(), data.lengths.tolist(), strict=True)]
+
+
+def test_prompts_that_were_seen_are_replaced_by_those_that_follow(monkeypatch):
+    from saelab.circuits import examples
+
+    monkeypatch.setattr(examples, "_NOUNS", ("key/keys", "book/books", "door/doors"))
+    monkeypatch.setattr(examples, "_LINKS", ("near", "by"))
+    tokenizer = WordTokenizer()  # 3 · 2 subjects, 2 · 2 attractors, 2 links: 48 prompts
+
+    def stream(n):
+        return tasks.draw("agreement", tokenizer, n, seed=0)
+
+    truth = tasks.draw("agreement", tokenizer, 16, seed=5)
+    plain = prompts(stream(400))
+    assert any(p in prompts(truth) for p in plain[:20])
+    found = tasks.distinct(stream, 20, known=truth)
+    expected = [p for p in dict.fromkeys(map(tuple, plain)) if list(p) not in prompts(truth)]
+    assert [tuple(p) for p in prompts(found)] == expected[:20]
+    assert len(tasks.distinct(stream, 48)) == 48
+    with pytest.raises(TaskError, match=r"49 prompts of agreement .* 3136 draws gave 48"):
+        tasks.distinct(stream, 49)
+    with pytest.raises(TaskError, match="and from 16 others"):
+        tasks.distinct(stream, 48, known=truth)
+    assert torch.equal(tasks.distinct(stream, 2).clean, stream(2).clean)
+
+
 def example(**changes):
     fills = {"who": "Anna", "what": "book"}
     return Example("The {who} has a {what} for", fills, fills, fills, ["her"], ["him"], **changes)

@@ -33,6 +33,41 @@ def hidden_states(folder, tokens, dtype=torch.float32):
     return output.hidden_states, output.logits
 
 
+def weights(source):
+    return dict(load_model(str(source), dtype="float32", device="cpu")._network.named_parameters())
+
+
+def test_redrawn_weights_have_the_models_shapes_and_its_makers_spread(folder, cache):
+    config = json.loads((folder / "config.json").read_text())
+    before = torch.get_rng_state()
+    trained, drawn = weights(folder), weights(f"redrawn:0:{folder}")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in trained.items()}
+    for name, weight in drawn.items():
+        assert not torch.equal(weight, trained[name])
+        if "norm" in name:
+            assert bool((weight == 1).all())
+        else:
+            assert float(weight.std()) == pytest.approx(config["initializer_range"], rel=0.1)
+    again, other = weights(f"redrawn:0:{folder}"), weights(f"redrawn:1:{folder}")
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(again[key], drawn[key]) and not torch.equal(other[key], drawn[key])
+
+
+def test_a_redrawn_model_is_another_model_with_the_same_tokenizer(folder, cache):
+    sources = [str(folder), f"redrawn:0:{folder}", f"redrawn:1:{folder}"]
+    found = [identify(source, "float32", "cpu") for source in sources]
+    assert len({one.fingerprint for one in found}) == 3
+    assert found[1].name == f"{found[0].name}-redrawn-0"
+    assert found[1].fingerprint in fingerprints(sources[1]) - fingerprints(sources[0])
+    models = [load_model(source, dtype="float32", device="cpu") for source in sources]
+    runs = [model.tokenize(["the cat"])[0].ids for model in models]
+    assert torch.equal(runs[0], runs[1])
+    for inner in ("toy", "handwired:induction"):
+        with pytest.raises(ConfigError, match=f"{inner} has no trained weights to redraw"):
+            identify(f"redrawn:0:{inner}")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_residual_stream_is_transformers_own_to_the_bit(folder, cache, dtype):
     model = load_model(str(folder), dtype=dtype, device="cpu")

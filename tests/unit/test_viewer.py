@@ -11,10 +11,10 @@ from saelab.errors import ArtifactError
 
 SITES = (GraphSite("blocks.3.hook_resid_post", 3, 8, "topk-3"), GraphSite("blocks.7.x", 7, 8))
 NODES = (
-    Node("blocks.3.hook_resid_post", "s2", 5, 2.0, 0.1, 1.5),
-    Node("blocks.7.x", "end", None, -1.0, 0.1, 0.5),
-    Node("blocks.7.x", "end", 0, 1.0, 0.1, 0.5),
-    Node("blocks.3.hook_resid_post", "elsewhere", 1, 0.5, 0.1, 0.5),
+    Node("blocks.3.hook_resid_post", "s2", 5, 2.0, 0.1, 1.5, 2.0),
+    Node("blocks.7.x", "end", None, -1.0, 0.1, 0.5, -0.5),
+    Node("blocks.7.x", "end", 0, 1.0, 0.1, 0.5, 1.0),
+    Node("blocks.3.hook_resid_post", "elsewhere", 1, 0.5, 0.1, 0.5, 0.5),
 )
 EDGES = (
     Edge(NODES[0].id, NODES[1].id, 0.7),
