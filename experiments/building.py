@@ -7,8 +7,10 @@ distinct L0 (`--l0`, 32), interpolated as there; of a trained type also its deco
 pursuit (the core evaluator's `re-encoded`). Beside FVU, KL and CE recovered stand
 
 - *unique*: different training rows seen: the member's tokens, or all of the store's if fewer;
-- *after*: seconds of the member's own steps;
-- *with harvest*: these, and the time that the store's harvest took for so many tokens;
+- *begin*: seconds before the member's first step, such as ITDA's search for a threshold; empty for
+  runs that did not keep it;
+- *after*: these, and seconds of the member's own steps;
+- *with harvest*: all these, and the time that the store's harvest took for so many tokens;
 - *encode*: milliseconds per 1,000 held-out rows with the codes of that row, the median of
   `--rounds` interleaved rounds on this machine.
 """
@@ -46,8 +48,10 @@ class Row:
     label: str
     line: Line
     tokens: int
+    begin: float | None
+    """Seconds before the first step."""
     seconds: float | None
-    """Of its own steps."""
+    """These, and of its own steps."""
     member: Scored
     """The one whose encoding is timed: the nearest in L0."""
     pursued: bool = False
@@ -67,7 +71,8 @@ def rows_of(board: Sequence[Scored], l0: float) -> list[Row]:
                 continue  # its own codes are these
             label = f"{line.label}, decoder with pursuit" if pursued else line.label
             tokens = member.inputs["train"]["tokens"]
-            found.append(Row(label, line, tokens, nearest.seconds, member, pursued))
+            seconds = nearest.init_seconds, nearest.seconds
+            found.append(Row(label, line, tokens, *seconds, member, pursued))
     return sorted(found, key=lambda row: (row.member.type, row.label, row.tokens))
 
 
@@ -104,17 +109,17 @@ def table(
 ) -> list[str]:
     """Return the Markdown table. `unique` rows are for training; harvest took `per_token` s."""
     heads = [
-        "", "tokens", "unique", *(METRICS[m] for m in SHOWN), "after, s", "with harvest, s",
-        "encode, ms per 1,000",
+        "", "tokens", "unique", *(METRICS[m] for m in SHOWN), "begin, s", "after, s",
+        "with harvest, s", "encode, ms per 1,000",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for row, milliseconds in zip(rows, encoding, strict=True):
         seen = min(row.tokens, unique)
-        after = "" if row.seconds is None else f"{row.seconds:.1f}"
-        whole = "" if row.seconds is None else f"{row.seconds + per_token * seen:.1f}"
+        whole = None if row.seconds is None else row.seconds + per_token * seen
+        seconds = ["" if s is None else f"{s:.1f}" for s in (row.begin, row.seconds, whole)]
         scores = [str(found) if (found := at(row.line, m, l0)) else "" for m in SHOWN]
         cells = [
-            f"**{row.label}**", f"{row.tokens:,}", f"{seen:,}", *scores, after, whole,
+            f"**{row.label}**", f"{row.tokens:,}", f"{seen:,}", *scores, *seconds,
             f"{milliseconds:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

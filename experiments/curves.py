@@ -21,8 +21,9 @@ the standard deviation over seeds (not of their mean). Most of the documents' pa
 types: to tell two apart, read "FVU − best". It is the difference to the best line with a 95 %
 interval, paired by documents and seeds (a hierarchical bootstrap over both).
 
-*Seconds* are a member's own training steps (`step_seconds` of its `run.json`, scaled to all steps
-if it was resumed): reading is shared, and left out.
+*Seconds* are a member's own: its training steps (`step_seconds` of its `run.json`, scaled to all
+steps if it was resumed) and what came before them (`init_seconds`). Reading is shared, and left
+out.
 """
 
 import argparse
@@ -135,8 +136,8 @@ _READING = (
     "logarithm of the measured L0; † marks the nearest point of a line that does not reach this "
     "L0. After ± stands one standard error over held-out documents, after “seeds” the standard "
     "deviation over seeds; “− best” is the difference to the first line with a 95 % interval, "
-    "paired by documents and seeds. Seconds are a member's own training steps. The controls follow "
-    "the lines; the best re-encoded one was chosen on these rows."
+    "paired by documents and seeds. Seconds are a member's own, before and in its training steps. "
+    "The controls follow the lines; the best re-encoded one was chosen on these rows."
 )
 
 

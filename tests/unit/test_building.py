@@ -17,7 +17,8 @@ def of(l0, fvu, pursued=None):
 
 def board(tmp_path):
     kept = store(tmp_path)
-    member(tmp_path, kept, "a", of(30, 0.4, 0.4), type="itda", k=32, center=True)
+    went = {"resumed_at": 0, "steps_taken": 100, "init_seconds": 3.0, "step_seconds": 5.0}
+    member(tmp_path, kept, "a", of(30, 0.4, 0.4), type="itda", k=32, center=True, run=went)
     member(tmp_path, kept, "b", of(40, 0.2, 0.2), type="itda", k=40, center=True)
     member(tmp_path, kept, "c", of(32, 0.5, 0.3), type="topk", k=32)
     [found] = leaderboard.boards(leaderboard.scored(tmp_path), "fvu")
@@ -35,7 +36,8 @@ def test_seconds_with_harvest_count_different_tokens_once(tmp_path):
     rows = building.rows_of(board(tmp_path), 32)
     _, _, itda, topk, pursued = building.table(rows, 32, 600, 0.01, [1.0, 2.0, 3.0])
     assert "| 1,000 | 600 |" in itda
-    assert itda.endswith("| 5.0 | 11.0 | 1.0 |")
+    assert itda.endswith("| 3.0 | 8.0 | 14.0 | 1.0 |")
+    assert topk.endswith("|  | 5.0 | 11.0 | 2.0 |")
     assert "| 0.50" in topk
     assert "| 0.30" in pursued
 

@@ -167,6 +167,18 @@ def test_seconds_are_of_all_steps_even_if_the_run_was_resumed_half_way(board):
     assert seconds == {"gated": 5.0, "topk, d_sae 64": 5.0, "topk, d_sae 128": 10.0}
 
 
+def test_seconds_scale_by_the_steps_that_were_taken_and_hold_the_beginning(tmp_path):
+    kept = store(tmp_path)
+    went = {"resumed_at": 6, "steps_taken": 8, "init_seconds": 2.0, "step_seconds": 1.0}
+    member(tmp_path, kept, "full", scores(31.5, 0.3), run=went)
+    older = went | {"init_seconds": None}
+    member(tmp_path, kept, "older", scores(31.5, 0.3), seed=1, run=older)
+    ended = went | {"resumed_at": 8, "step_seconds": 0.0}
+    member(tmp_path, kept, "ended", scores(31.5, 0.3), seed=2, run=ended)
+    [line] = lines_of(curves.read(tmp_path)[0])
+    assert [(p.init_seconds, p.seconds) for p in line.points] == [(2, 6), (None, 4), (2, None)]
+
+
 def test_two_members_at_one_place_and_a_missing_dictionary_are_refused(tmp_path):
     kept = store(tmp_path)
     path = member(tmp_path, kept, "a", scores(32, 0.1))
