@@ -66,6 +66,8 @@ class Scored:
     """What the dictionary was made from; empty if it does not lie beside its results."""
     training: dict[str, Any]
     """How its training went: its `run.json`; empty likewise."""
+    facts: dict[str, Any]
+    """What its manifest says of the finished dictionary; empty likewise."""
 
     @property
     def site(self) -> str:
@@ -119,9 +121,9 @@ def scored(out: Path) -> list[Scored]:
         folder, dictionary = made.get(parent, (None, None))
         twice = names.count(manifest.name) > 1
         name = f"{manifest.name} {parent[:8]}" if twice else manifest.name
-        inputs = dictionary.inputs if dictionary else {}
+        inputs, facts = (dictionary.inputs, dictionary.facts) if dictionary else ({}, {})
         training = artifacts.read_json(folder / artifacts.RUN) if folder else {}
-        found.append(Scored(name, parent, manifest, path, read_rows(path), inputs, training))
+        found.append(Scored(name, parent, manifest, path, read_rows(path), inputs, training, facts))
     return found
 
 
