@@ -1,9 +1,10 @@
 """Which documents of a store are labelled, and how they are divided for choosing and for scoring.
 
-A document's split is the store's. Which documents are taken where there are more than needed, and
-which half of the held-out ones a document belongs to, is decided by other digits of its hash: it
-depends on nothing but its text. Classes with too few documents in any part are left out with all
-their documents, and counted.
+A document's split is the store's. Which documents are taken where there are more than needed is
+decided by other digits of its hash, and so is which half of the held-out ones a document belongs
+to: by those of its text, or of what is divided as a whole (`corpus.split_field`), so that a film's
+reviews lie in one part. It depends on nothing else. Classes with too few documents in any part are
+left out with all their documents, and counted.
 """
 
 from collections import Counter
@@ -138,7 +139,7 @@ def _by_part(
         return {"train": train, "test": heldout}, n_unlabelled
     halves: dict[bool, list[Document]] = {False: [], True: []}
     for document in heldout:
-        halves[int(document.hash[24:32], 16) % 2 == 1].append(document)
+        halves[int(document.decisive_hash[24:32], 16) % 2 == 1].append(document)
     return {"train": train, "choose": halves[False], "test": halves[True]}, n_unlabelled
 
 

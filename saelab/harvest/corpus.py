@@ -118,6 +118,8 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
     del fields["streaming"]
     if config.split_field is None:  # it came later: older stores keep their keys
         del fields["split_field"]
+    else:
+        fields["keeps"] = "split_hash"  # stores of before do not
     return fields | {"checksum": checksum(config.source)}
 
 
@@ -219,9 +221,11 @@ def _documents(config: CorpusConfig, report: CorpusReport) -> Iterator[Document]
             report.duplicates += 1
             continue
         seen.add(sha.digest()[:16])
-        group = hashlib.sha256(str(record.group).encode()) if config.split_field else sha
-        heldout = is_heldout(group.hexdigest(), config.holdout)
-        yield Document(-1, sha.hexdigest(), heldout, record.text, record.label)
+        found = Document(-1, sha.hexdigest(), False, record.text, record.label)
+        if config.split_field:
+            whole = hashlib.sha256(str(record.group).encode()).hexdigest()
+            found = replace(found, split_hash=whole)
+        yield replace(found, heldout=is_heldout(found.decisive_hash, config.holdout))
 
 
 def _hash(record: Record) -> Any:

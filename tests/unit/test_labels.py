@@ -75,6 +75,18 @@ def test_parts_are_disjoint_complete_and_of_the_stores_split():
         assert [found.classes[c] for c in part.targets.int().argmax(1).tolist()] == labels
 
 
+def test_no_film_lies_in_two_parts():
+    store = world()
+    store.films = [f"film {n % 5}-{n // 30}" for n in range(300)]  # six texts each, of one split
+    found = labelled_documents(store, "halves", at_most=None, per_class=5)
+    films = [{store.films[n] for n in p.documents.tolist()} for p in found.parts.values()]
+    assert sum(map(len, films)) == len(set.union(*films)) == 50
+    assert all(films)
+    few = labelled_documents(store, "halves", at_most=30, per_class=2)
+    for part, whole in few.parts.items():
+        assert set(whole.documents.tolist()) <= set(found.parts[part].documents.tolist())
+
+
 def test_fewer_documents_are_the_same_ones_whatever_else_the_store_holds():
     small, large = world(n=300), world(n=600)
     few = [

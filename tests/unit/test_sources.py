@@ -73,6 +73,9 @@ def test_texts_about_one_film_are_held_out_together(tmp_path, name):
     wanted = {text: is_heldout(hashlib.sha256(f.encode()).hexdigest(), 0.3) for text, f in rows}
     windows, _ = read(source=str(path), tokens=900, context=20, split_field="film")
     assert {d.text: d.heldout for w in windows for d in w.begins} == wanted
+    hashes = {f"film {n}": hashlib.sha256(f"film {n}".encode()).hexdigest() for n in range(9)}
+    film = dict(rows)
+    assert all(d.split_hash == hashes[film[d.text]] for w in windows for d in w.begins)
     assert 0 < sum(wanted.values()) < 45
     with pytest.raises(CorpusError, match="has no column 'movie'"):
         read(source=str(path), tokens=900, split_field="movie")
@@ -85,7 +88,7 @@ def test_the_key_of_a_corpus_knows_what_splits_it_only_where_something_does(tmp_
         CorpusConfig.parse({"source": path, "tokens": 9, "split_field": "film"})
     )
     assert "split_field" not in plain
-    assert split == plain | {"split_field": "film"}
+    assert split == plain | {"split_field": "film", "keeps": "split_hash"}
 
 
 def test_a_folder_or_pattern_of_texts_is_one_document_per_file(tmp_path):
