@@ -25,6 +25,7 @@ from saelab.evals.labelled import (
     cosines_with,
     count_rows,
     difference_row,
+    documents_with,
     label_rows,
     latents_of,
     measure,
@@ -32,7 +33,7 @@ from saelab.evals.labelled import (
     projections_on,
     seen_only,
 )
-from saelab.labels import Labelled, Part, labelled_documents, word_shares
+from saelab.labels import Labelled, Part, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.ops.linalg import unit_rows
 from saelab.ops.shuffle import generator, permutation
@@ -54,6 +55,9 @@ _STREAM = 1 << 17
 class ConceptsConfig(Config):
     """Which documents and candidates; every arm is treated alike."""
 
+    labels: tuple[str, ...] = ()
+    """Labels to tell apart, two or more; documents of others are left out. By default all that are
+    frequent enough."""
     sides: Sides = "two"
     """`two`: a latent and its opposite are both candidates. `one`: only the latent."""
     documents: PositiveInt = 4000
@@ -119,7 +123,7 @@ class ConceptsEvaluator:
     """Chooses and scores a latent for every label of one site's documents."""
 
     name = "concepts"
-    version = 1
+    version = 2
 
     def __init__(self, config: ConceptsConfig | None = None, site: str | None = None) -> None:
         """Measure at `site`; by default the store's only one."""
@@ -160,9 +164,10 @@ class ConceptsEvaluator:
 
     def _scene(self, dictionary: Dictionary, store: Store, site: str) -> _Scene:
         config = self.config
-        labelled = labelled_documents(
-            store, "halves", at_most=config.documents, per_class=config.per_label
-        )
+        labelled = documents_with(
+            config.labels, store, "halves", evaluator=self.name,
+            at_most=config.documents, per_class=config.per_label,
+        )  # fmt: skip
         taught = self._taught(store, site, labelled)
         shape = (dictionary.d_sae, store.width(site))
         random = unit_rows(torch.randn(shape, generator=generator(config.seed, _STREAM)))

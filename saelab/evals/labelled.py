@@ -13,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.errors import ArtifactError, ConfigError, CorpusError
-from saelab.labels import Labelled, Part
+from saelab.evals.attributes import check_known
+from saelab.labels import Division, Labelled, Part, documents_of, labelled_documents
 from saelab.metrics.pooling import Pooled, Pooling
 from saelab.protocols import Dictionary, Split, Store
 from saelab.stats import ResultRow, bootstrap_weights, standard_error
@@ -28,6 +29,39 @@ class Scorer:
 
     width: int
     scores: Callable[[Float[Tensor, "n d"]], Float[Tensor, "n m"]]
+
+
+def documents_with(
+    labels: Sequence[str],
+    store: Store,
+    division: Division,
+    *,
+    evaluator: str,
+    at_most: int,
+    per_class: int,
+) -> Labelled:
+    """Return a store's documents with one of some labels, by default all; others are left out.
+
+    Raises ConfigError for a label on no document, or on fewer than `per_class` of a part, and as
+    `labelled_documents` does.
+    """
+    key, wanted = f"{evaluator}.labels", set(labels)
+    if wanted:
+        check_known(labels, (str(d.label) for d in documents_of(store) if d.label is not None), key)
+    found = labelled_documents(
+        store,
+        division,
+        at_most=at_most,
+        per_class=per_class,
+        label_of=lambda d: d.label if not wanted or str(d.label) in wanted else None,
+    )
+    rare = wanted - set(found.classes)
+    if rare:
+        raise ConfigError(
+            f"{key}: {', '.join(sorted(rare))} have fewer than {per_class} documents in a part: "
+            f"take more text, other labels, or a smaller {evaluator}.per_label"
+        )
+    return found
 
 
 def latents_of(dictionary: Dictionary) -> Scorer:

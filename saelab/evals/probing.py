@@ -21,13 +21,14 @@ from saelab.evals.labelled import (
     coordinates_of,
     count_rows,
     difference_row,
+    documents_with,
     label_rows,
     latents_of,
     measure,
     pool,
     seen_only,
 )
-from saelab.labels import Labelled, Part, labelled_documents, word_shares
+from saelab.labels import Labelled, Part, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.probes import Rule, fit_probe, ranked_columns
 from saelab.protocols import Dictionary, LanguageModel, Split, Store
@@ -39,6 +40,9 @@ OWN, RAW, WORDS = "dictionary", "raw", "bag_of_words"
 class ProbingConfig(Config):
     """Which documents and probes; every arm is treated alike."""
 
+    labels: tuple[str, ...] = ()
+    """Labels to tell apart, two or more; documents of others are left out. By default all that are
+    frequent enough."""
     ks: tuple[PositiveInt, ...] = (1, 2, 5, 20)
     """Numbers of latents that a probe may use."""
     pools: tuple[Pool, ...] = ("max", "mean")
@@ -94,7 +98,7 @@ class ProbingEvaluator:
     """
 
     name = "probing"
-    version = 1
+    version = 2
 
     def __init__(self, config: ProbingConfig | None = None, site: str | None = None) -> None:
         """Measure at `site`; by default the store's only one."""
@@ -134,9 +138,10 @@ class ProbingEvaluator:
     ) -> _Scene:
         """Pool every arm's scores, in one pass over each split."""
         config = self.config
-        labelled = labelled_documents(
-            store, "split", at_most=config.documents, per_class=config.per_label
-        )
+        labelled = documents_with(
+            config.labels, store, "split", evaluator=self.name,
+            at_most=config.documents, per_class=config.per_label,
+        )  # fmt: skip
         scorers = {OWN: latents_of(dictionary)}
         if with_others:
             scorers[RAW] = coordinates_of(store.width(site))

@@ -136,6 +136,28 @@ def test_a_label_whose_documents_keep_no_row_is_named():
         probing(store)
 
 
+@pytest.mark.parametrize("score", [probing, concepts])
+def test_only_the_labels_asked_for_are_scored_and_told_apart(score):
+    store, config = world(), {probing: PROBING, concepts: CONCEPTS}[score]
+    asked = config.model_copy(update={"labels": ("class 0", "class 2")})
+    name = score.__name__
+    rows = score(store, asked)
+    assert rows["corpus", f"{name}_labels"].value == 2
+    assert rows["corpus", f"{name}_documents"].value == 200
+    assert rows["corpus", f"{name}_documents_left_out"].value == 100
+    told = {n.partition("(")[2] for arm, n in rows if arm == "dictionary" and "(class" in n}
+    assert told == {"class 0)", "class 2)"}
+    for labels, message in (
+        (("class 0", "clas 1"), rf"{name}.labels: no document is labelled 'clas 1'.*'class 1'"),
+        (("class 0",), "only 'class 0' has"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            score(store, config.model_copy(update={"labels": labels}))
+    store.labels[10:] = [f"class {n % 2}" for n in range(290)]
+    with pytest.raises(ConfigError, match=rf"{name}.labels: class 2 have fewer than 5 documents"):
+        score(store, config.model_copy(update={"labels": ("class 0", "class 1", "class 2")}))
+
+
 def test_words_are_the_commonest_of_training_texts_and_shares_of_a_text():
     words, shares = word_shares({"train": ("a cat cat ran", "the cat"), "test": ("Cat! dog",)}, 2)
     assert words == ("cat", "ran")
