@@ -17,9 +17,11 @@ from torch import Tensor
 
 from saelab.config import Config
 from saelab.evals.labelled import (
+    SUPERVISED,
     Measured,
     Naming,
     Scorer,
+    Taught,
     checked_site,
     coordinates_of,
     cosines_with,
@@ -37,14 +39,12 @@ from saelab.labels import Labelled, Part, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.ops.linalg import unit_rows
 from saelab.ops.shuffle import generator, permutation
-from saelab.probes import DIRECTIONS, Direction
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, aucs, weighted_auc
 
 log = logging.getLogger(__name__)
 
 OWN, RAW, WORDS, RANDOM = "dictionary", "raw", "bag_of_words", "random_directions"
-SUPERVISED: tuple[Direction, ...] = ("mean_difference", "linear_probe")
 POOLS: tuple[Pool, ...] = ("max", "mean")
 FLOOR = 1e-3
 """Mean cosines below are raised to it before their ratio is taken."""
@@ -110,14 +110,6 @@ class _Scene:
     directions: Mapping[str, Float[Tensor, "m d"]]
 
 
-@dataclass(frozen=True)
-class _Taught:
-    """What the training documents teach, whatever the dictionary."""
-
-    mean: Float[Tensor, " d"]
-    directions: Mapping[Direction, Float[Tensor, "classes d"]]
-
-
 @final
 class ConceptsEvaluator:
     """Chooses and scores a latent for every label of one site's documents."""
@@ -129,7 +121,7 @@ class ConceptsEvaluator:
         """Measure at `site`; by default the store's only one."""
         self.config = config or ConceptsConfig()
         self.site = site
-        self._kept: tuple[Hashable, _Taught] | None = None
+        self._kept: tuple[Hashable, Taught] | None = None
 
     def __call__(
         self,
@@ -173,8 +165,7 @@ class ConceptsEvaluator:
         random = unit_rows(torch.randn(shape, generator=generator(config.seed, _STREAM)))
         directions = {RAW: torch.eye(store.width(site)), RANDOM: random, **taught.directions}
         scorers = {OWN: latents_of(dictionary), RAW: coordinates_of(store.width(site))}
-        for name in (RANDOM, *SUPERVISED):
-            scorers[name] = projections_on(directions[name], taught.mean)
+        scorers |= {RANDOM: projections_on(random, taught.mean), **taught.scorers()}
         if dictionary.d_out == dictionary.d_in:
             directions[OWN] = dictionary.W_dec.detach().float().cpu()
         else:
@@ -185,7 +176,7 @@ class ConceptsEvaluator:
         arms[WORDS] = (pooled_words(shares["choose"]), pooled_words(shares["test"]))
         return _Scene(labelled, choose, test, arms, directions)
 
-    def _taught(self, store: Store, site: str, labelled: Labelled) -> _Taught:
+    def _taught(self, store: Store, site: str, labelled: Labelled) -> Taught:
         """Fit the supervised directions, on the mean activation of each training document."""
         key = (store.content_hash, site)
         if self._kept is None or self._kept[0] != key:
@@ -194,11 +185,8 @@ class ConceptsEvaluator:
             found, seen = pool(
                 store, site, "train", part.documents, scorers, batch=self.config.batch
             )
-            targets, x = seen_only(part, seen, labelled, site).targets, found[RAW].mean
-            fitted: dict[Direction, Tensor] = {
-                name: unit_rows(DIRECTIONS[name](x, targets)) for name in SUPERVISED
-            }
-            self._kept = (key, _Taught(x.double().mean(0), fitted))
+            targets = seen_only(part, seen, labelled, site).targets
+            self._kept = (key, Taught.by(found[RAW].mean, targets))
         return self._kept[1]
 
     def _pooled(

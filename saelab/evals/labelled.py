@@ -16,11 +16,15 @@ from saelab.errors import ArtifactError, ConfigError, CorpusError
 from saelab.evals.attributes import check_known
 from saelab.labels import Division, Labelled, Part, documents_of, labelled_documents
 from saelab.metrics.pooling import Pooled, Pooling
+from saelab.ops.linalg import unit_rows
+from saelab.probes import DIRECTIONS, Direction
 from saelab.protocols import Dictionary, Split, Store
 from saelab.stats import ResultRow, bootstrap_weights, standard_error
 
 ALL = "corpus"
 """Arm of the rows that say what was scored."""
+SUPERVISED: tuple[Direction, ...] = ("mean_difference", "linear_probe")
+"""Arms whose columns are the labels' own directions, in the order of the labels."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,27 @@ def cosines_with(directions: Float[Tensor, "m d"]) -> Scorer:
     """Return cosines of activations with directions; 0 where either has no length."""
     U = torch.nn.functional.normalize(directions.float(), dim=1)
     return Scorer(len(U), lambda x: torch.nn.functional.normalize(x.float(), dim=1) @ U.T)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What labels alone give: a unit direction of each, by each method."""
+
+    mean: Float[Tensor, " d"]
+    """Of the documents, float64: what projections are measured from."""
+    directions: Mapping[Direction, Float[Tensor, "classes d"]]
+
+    @staticmethod
+    def by(x: Float[Tensor, "n d"], targets: Bool[Tensor, "n classes"]) -> "Taught":
+        """Return the directions of training documents, whose mean activations are `x`."""
+        found: dict[Direction, Tensor] = {
+            method: unit_rows(DIRECTIONS[method](x, targets)) for method in SUPERVISED
+        }
+        return Taught(x.double().mean(0), found)
+
+    def scorers(self) -> dict[str, Scorer]:
+        """Return the projections on each method's directions."""
+        return {method: projections_on(W, self.mean) for method, W in self.directions.items()}
 
 
 def checked_site(dictionary: Dictionary, store: Store, site: str | None) -> str:

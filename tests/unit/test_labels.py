@@ -203,6 +203,20 @@ def test_words_that_name_the_label_are_read_perfectly():
     assert lead.value == found["dictionary", "probe_accuracy[k=1,max]"].value - 1
 
 
+@pytest.mark.parametrize("arm", ["mean_difference", "linear_probe"])
+def test_a_labels_own_direction_is_a_probe_on_one_column(arm):
+    found = probing(world())
+    for pool in ("max", "mean"):
+        assert found[arm, f"probe_auc[k=1,{pool}]"].value == pytest.approx(1)
+        assert found["dictionary", f"probe_auc_over({arm})[k=1,{pool}]"].value == pytest.approx(0)
+        assert (arm, f"probe_auc[k=2,{pool}]") not in found
+    chance = probing(world(shuffled=True))
+    assert chance[arm, "probe_auc[k=1,max]"].value == pytest.approx(0.5, abs=0.12)
+    other = probing(world(), PROBING.model_copy(update={"ks": (2,)}))
+    assert (arm, "probe_auc[k=1,max]") in other
+    assert ("dictionary", f"probe_auc_over({arm})[k=2,max]") not in other
+
+
 def test_negative_codes_count_where_two_sides_do():
     store = world(sign=-1)
     two = probing(store)
