@@ -32,7 +32,7 @@ LOWER = (
 HIGHER = (
     "ce_recovered_zero", "ce_recovered_mean", "cosine", "pca_rank_of_equal_fvu",
     "r2", "mcc", "uniqueness", "precision", "recall", "f1",
-    "concept_auc[max]", "concept_auc[mean]", "snmf_score",
+    "concept_auc[max]", "concept_auc[mean]", "snmf_score", "snmf_positive",
     *(f"probe_{what}[k={k},{how}]" for what in ("auc", "accuracy") for how in ("max", "mean")
       for k in (1, 2, 5, 20)),
     *(f"{what}[n={n}]" for what in ("tpp", "scr") for n in (1, 2, 5, 10, 20, 50, 100, 500)),

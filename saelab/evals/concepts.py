@@ -240,7 +240,8 @@ class ConceptsEvaluator:
     def _snmf(
         self, scene: _Scene, store: Store, site: str, chosen: Mapping[str, _Choice]
     ) -> Iterator[ResultRow]:
-        """Yield log(mean largest cosine over documents of the label / over the others)."""
+        """Yield log(mean largest cosine over documents of the label / over the others), and how
+        many of them are above 0."""
         scorers = {
             arm: cosines_with(W[chosen[arm].places] * chosen[arm].signs[:, None])
             for arm, W in scene.directions.items()
@@ -254,6 +255,8 @@ class ConceptsEvaluator:
             score = self._measure(lambda w, of=means: log_ratio(of(w)), n)
             naming = self._naming("snmf_score", "", "nats", arm)
             yield from label_rows(naming, score, scene.labelled.classes, n)
+            naming = self._naming("snmf_positive", "", "share of labels", arm)
+            yield from label_rows(naming, score.positive, (), n)
             clamped = means(torch.ones(1, n, dtype=torch.float64)) < FLOOR
             share = float(clamped.double().mean())
             yield self._plain("snmf_clamped", share, "share of means", n, arm)

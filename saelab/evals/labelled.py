@@ -201,6 +201,13 @@ class Measured:
         """The mean over labels, as if it were a label."""
         return Measured(self.values.mean()[None], self.replicates.nanmean(1, keepdim=True))
 
+    @property
+    def positive(self) -> "Measured":
+        """1 where it is above 0, else 0; NaN where a resample says nothing."""
+        drawn = self.replicates
+        above = (drawn > 0).to(drawn).masked_fill(drawn.isnan(), float("nan"))
+        return Measured((self.values > 0).to(self.values), above)
+
     def split(self, width: int) -> list["Measured"]:
         """Return the metrics of so many labels each that stand in it side by side."""
         parts = zip(self.values.split(width), self.replicates.split(width, 1), strict=True)

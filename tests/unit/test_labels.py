@@ -10,6 +10,7 @@ from saelab import dictionaries
 from saelab.dictionaries.supervised import Supervised
 from saelab.errors import ArtifactError, ConfigError, CorpusError
 from saelab.evals.concepts import ConceptsConfig, ConceptsEvaluator
+from saelab.evals.labelled import Measured
 from saelab.evals.probing import ProbingConfig, ProbingEvaluator
 from saelab.labels import labelled_documents, word_shares
 
@@ -258,6 +259,7 @@ def test_a_perfect_latent_is_found_and_detects_perfectly():
         assert found[arm, "concept_auc[mean](class 1)"].value == 1
         assert found[arm, "snmf_score"].value > 0.3
         assert found[arm, "snmf_clamped"].value == 0
+        assert found[arm, "snmf_positive"].value == 1
     for c in range(3):
         assert found["dictionary", f"concept_latent[max](class {c})"].value == c
     assert found["dictionary", "concept_candidates[max]"].value == 12
@@ -310,6 +312,16 @@ def test_the_snmf_score_is_the_log_ratio_of_mean_largest_cosines_clamped():
     expected = torch.tensor(0.5**0.5 / 1e-3).log()
     assert found["raw", "snmf_score(a)"].value == pytest.approx(float(expected), abs=1e-5)
     assert found["raw", "snmf_clamped"].value > 0
+    # b has no axis: what is chosen for it lies along neither, both means are raised, and log 1 = 0
+    assert found["raw", "snmf_positive"].value == 0.5
+    assert ("raw", "snmf_positive(a)") not in found
+
+
+def test_a_share_above_zero_leaves_out_what_a_resample_does_not_know():
+    drawn = torch.tensor([[1.0, -1.0, 0.0], [torch.nan, -2.0, 3.0], [1.0, 1.0, 1.0]])
+    found = Measured(torch.tensor([0.2, -0.1, 0.0]), drawn).positive.mean
+    torch.testing.assert_close(found.values, torch.tensor([1 / 3]))
+    torch.testing.assert_close(found.replicates[:, 0], torch.tensor([1 / 3, 1 / 2, 1]))
 
 
 # --------------------------------------------------------------------------------------- supervised
