@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, CorpusError
 from saelab.protocols import LabelledStore, Store
 from saelab.types import Document
 
@@ -103,6 +103,18 @@ def labelled_documents(
         len(names) - len(classes),
         n_dropped + n_unlabelled,
     )
+
+
+def seen_only(part: Part, seen: Bool[Tensor, " n"], labelled: Labelled, site: str) -> Part:
+    """Return the documents that have rows. Raises CorpusError if a label is left with none."""
+    kept = part.where(seen)
+    for name, n in zip(labelled.classes, kept.targets.sum(0).tolist(), strict=True):
+        if n == 0:
+            raise CorpusError(
+                f"no document with the label {name!r} keeps a row at {site} in one of the parts: "
+                "the site's mask leaves them out; take more text, or a larger per_label."
+            )
+    return kept
 
 
 def _too_few(

@@ -33,9 +33,8 @@ from saelab.evals.labelled import (
     measure,
     pool,
     projections_on,
-    seen_only,
 )
-from saelab.labels import Labelled, Part, word_shares
+from saelab.labels import Labelled, Part, seen_only, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.ops.linalg import unit_rows
 from saelab.ops.shuffle import generator, permutation

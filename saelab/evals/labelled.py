@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.errors import ArtifactError, ConfigError, CorpusError
+from saelab.errors import ArtifactError, ConfigError
 from saelab.evals.attributes import check_known
-from saelab.labels import Division, Labelled, Part, documents_of, labelled_documents
+from saelab.labels import Division, Labelled, documents_of, labelled_documents
 from saelab.metrics.pooling import Pooled, Pooling
 from saelab.ops.linalg import unit_rows
 from saelab.probes import DIRECTIONS, Direction
@@ -172,18 +172,6 @@ def pool(
         for name, scorer in scorers.items():
             pools[name].update(scorer.scores(x), of)
     return {name: found.compute() for name, found in pools.items()}, counted.seen
-
-
-def seen_only(part: Part, seen: Bool[Tensor, " n"], labelled: Labelled, site: str) -> Part:
-    """Return the documents that have rows. Raises CorpusError if a label is left with none."""
-    kept = part.where(seen)
-    for name, n in zip(labelled.classes, kept.targets.sum(0).tolist(), strict=True):
-        if n == 0:
-            raise CorpusError(
-                f"no document with the label {name!r} keeps a row at {site} in one of the parts: "
-                "the site's mask leaves them out; take more text, or a larger per_label."
-            )
-    return kept
 
 
 # --------------------------------------------------------------------------------------------- rows

@@ -29,9 +29,8 @@ from saelab.evals.labelled import (
     latents_of,
     measure,
     pool,
-    seen_only,
 )
-from saelab.labels import Labelled, Part, word_shares
+from saelab.labels import Labelled, Part, seen_only, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.probes import Rule, fit_probe, ranked_columns
 from saelab.protocols import Dictionary, LanguageModel, Split, Store

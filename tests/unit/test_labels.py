@@ -135,6 +135,8 @@ def test_a_label_whose_documents_keep_no_row_is_named():
     store._kept = lambda split: kept(split)[~gone[kept(split)]]
     with pytest.raises(CorpusError, match="class 1"):
         probing(store)
+    with pytest.raises(CorpusError, match="'class 1' keeps a row at site"):
+        supervised("mean_difference", store)
 
 
 @pytest.mark.parametrize("score", [probing, concepts])
