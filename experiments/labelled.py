@@ -8,6 +8,8 @@ in a document, and of what ablating latents does. A row per member of a run that
 directions, raw coordinates, random directions, words). Cells are means over labels with one
 standard error over documents; below each stands the difference to the member of `--against` with
 its 95 % interval, paired by documents. *Candidates* are the columns that an arm could choose from.
+Members whose codes are not k-sparse (semi-NMF) come last and are marked: their latents are chosen
+and probed like others', but a row has many.
 """
 
 import argparse
@@ -72,9 +74,9 @@ class Line:
 
 
 def lines_of(board: Sequence[Scored], metrics: Collection[str]) -> list[Line]:
-    """Return the members that have one of the metrics, in the order of the run's names, then the
-    arms that all share."""
-    ordered = sorted(board, key=lambda one: one.name)
+    """Return the members that have one of the metrics, in the order of the run's names and those
+    that are not k-sparse last, then the arms that all share."""
+    ordered = sorted(board, key=lambda one: (not one.is_k_sparse, one.name))
     members = [Line(one.name, one, "dictionary") for one in ordered if any(map(one.row, metrics))]
     arms = {arm for arm, name in ordered[0].cells if name in metrics}
     return members + [Line(arm, ordered[0], arm) for arm in SHARED if arm in arms]
@@ -105,8 +107,8 @@ def _table(lines: Sequence[Line], reference: Line, columns: Mapping[str, str]) -
     heads = ["", *(columns[m] for m in shown)]
     rows = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * len(shown)]
     for line in lines:
-        bold = line.arm == "dictionary"
-        cells = [f"**{line.label}**" if bold else line.label]
+        bold, apart = line.arm == "dictionary", "" if line.member.is_k_sparse else ", not k-sparse"
+        cells = [f"**{line.label}**{apart}" if bold else line.label]
         cells += [_cell(line, reference, metric) for metric in shown]
         rows.append("| " + " | ".join(cells) + " |")
     return rows

@@ -19,6 +19,7 @@ from torch import Tensor
 from saelab import artifacts, report
 from saelab.artifacts import Manifest
 from saelab.config import digest
+from saelab.dictionaries import REGISTRY
 from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.results import read_replicates, read_rows
 from saelab.stats import Difference
@@ -78,6 +79,12 @@ class Scored:
     def type(self) -> str:
         """The registered name of its type."""
         return self.inputs.get("dictionary", {}).get("type", "?")
+
+    @property
+    def is_k_sparse(self) -> bool:
+        """Whether its L0 counts all of its codes; else it leaves out small ones, of which a row
+        has many, and there is no L0 at which it could be compared."""
+        return not getattr(REGISTRY.get(self.type), "l0_floor", 0.0)
 
     @cached_property
     def cells(self) -> dict[tuple[str, str], dict[str, Any]]:
@@ -196,9 +203,19 @@ def _lines(board: Sequence[Scored], metric: str) -> list[list[str]]:
     return [[s.name, s.type, *(_cell(s.row(name)) for name in columns)] for s in board]
 
 
+def _blocks(members: Sequence[Scored], metric: str) -> list[list[Scored]]:
+    """Return the boards, those of members that are not k-sparse apart."""
+    halves = (
+        [one for one in board if one.is_k_sparse == sparse]
+        for board in boards(members, metric)
+        for sparse in (True, False)
+    )
+    return [half for half in halves if half]
+
+
 def _title(board: Sequence[Scored]) -> str:
-    best = board[0]
-    return f"{best.site}, {len(board)} members on {best.results.parent('store').name}"
+    best, apart = board[0], "" if board[0].is_k_sparse else ", codes that are not k-sparse"
+    return f"{best.site}, {len(board)} members on {best.results.parent('store').name}{apart}"
 
 
 def _note(board: Sequence[Scored], metric: str) -> str:
@@ -221,7 +238,7 @@ def _note(board: Sequence[Scored], metric: str) -> str:
 def summary(members: Sequence[Scored], by: str | None) -> Group:
     """Return one board per site. Raises ConfigError if `by` cannot rank."""
     metric, parts = metric_of(members, by), []
-    for board in boards(members, metric):
+    for board in _blocks(members, metric):
         table = report.table("", "type", *(_head(n, metric) for n in _columns(board, metric)))
         table.columns[1].justify = "left"
         for place, line in enumerate(_lines(board, metric)):
@@ -238,7 +255,7 @@ def _mark(place: int, name: str) -> str:
 def markdown(members: Sequence[Scored], by: str | None) -> str:
     """Return the boards as Markdown. Raises ConfigError if `by` cannot rank."""
     metric, lines = metric_of(members, by), []
-    for board in boards(members, metric):
+    for board in _blocks(members, metric):
         columns = _columns(board, metric)
         heads = " | ".join(_head(name, metric) for name in columns)
         lines += [f"## {_title(board)}", "", f"| member | type | {heads} |"]
