@@ -55,7 +55,8 @@ class CorpusConfig(Config):
     """Column whose value is kept with each document."""
     split_field: str | None = None
     """Column whose values are held out as a whole, such as the thread or the film that a text is
-    about; by default each text by itself."""
+    about; by default each text by itself. `thread` of `20newsgroups`: the first two words of the
+    subject that a post begins with."""
     sample_by: SampleBy = "file"
     """What a document is in plain text files."""
     split: str = "train"

@@ -11,8 +11,9 @@ from letters import as_lines, read, texts
 
 from saelab.errors import CorpusError
 from saelab.harvest import corpus as corpora
-from saelab.harvest import rated
+from saelab.harvest import newsgroups, rated
 from saelab.harvest.corpus import CorpusConfig
+from saelab.harvest.newsgroups import thread_of
 from saelab.harvest.sources import Request, records
 from saelab.types import is_heldout
 
@@ -60,6 +61,25 @@ def test_rated_sentences_have_a_sentiment_where_it_is_clear(tmp_path, monkeypatc
         ('Such a "good" film,  truly.', "positive"),
         ("Bad, bad.", "negative"),
     ]
+
+
+def test_posts_under_one_subject_are_one_thread(tmp_path, monkeypatch):
+    subject = "re clipper chip in article apr bu edu anna writes no"
+    assert thread_of(subject) == thread_of("clipper chip announced") == "clipper chip"
+    assert thread_of("re re royals in article x writes hello") == "royals"
+    assert thread_of("one") == "one"
+    assert thread_of("re") == "re"
+    path = tmp_path / "posts.tab"
+    posts = [subject, "clipper chip announced", "re royals in article x writes hello"]
+    head = "Category\tText\nd\tstring\nclass\tmeta\n"
+    path.write_text(head + "".join(f"a\t{post}\n" for post in posts))
+    monkeypatch.setattr(newsgroups, "SOURCES", frozenset([str(path)]))
+    request = Request(str(path), "train", None, "Category", "file", False, "thread")
+    assert [r.group for r in records(request)] == ["clipper chip", "clipper chip", "royals"]
+    assert {r.label for r in records(request)} == {"a"}
+    monkeypatch.undo()
+    with pytest.raises(CorpusError, match="has no column 'thread'"):
+        list(records(request))
 
 
 @pytest.mark.parametrize("name", ["films.csv", "films.jsonl"])
