@@ -59,7 +59,8 @@ TABLES = {
 """Metrics side by side, with what their columns are called."""
 _METRICS = [metric for columns in TABLES.values() for metric in columns]
 SHARED = (
-    "mean_difference", "linear_probe", "raw", "pca", "random_directions", "bag_of_words",
+    "mean_difference", "linear_probe", "raw", "pca", "random_directions",
+    "covariance_directions", "shuffled_labels", "bag_of_words",
 )  # fmt: skip
 """Arms that stand in every member's results, the same in all."""
 

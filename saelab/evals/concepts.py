@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from saelab.config import Config
+from saelab.evals.directions import from_covariance, shuffled_labels
 from saelab.evals.labelled import (
     SUPERVISED,
     Measured,
@@ -34,6 +35,7 @@ from saelab.evals.labelled import (
     pool,
     projections_on,
 )
+from saelab.evals.sample import sample_rows
 from saelab.labels import Labelled, Part, seen_only, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.ops.linalg import unit_rows
@@ -44,6 +46,11 @@ from saelab.stats import ResultRow, aucs, weighted_auc
 log = logging.getLogger(__name__)
 
 OWN, RAW, WORDS, RANDOM = "dictionary", "raw", "bag_of_words", "random_directions"
+COVARIANCE, SHUFFLED = "covariance_directions", "shuffled_labels"
+DRAWS = 20
+"""Directions of shuffled labels, of each label."""
+_ROWS, _ROWS_READ = 4096, 1024
+"""Training rows behind the covariance, and how many are read at once."""
 POOLS: tuple[Pool, ...] = ("max", "mean")
 FLOOR = 1e-3
 """Mean cosines below are raised to it before their ratio is taken."""
@@ -109,6 +116,28 @@ class _Scene:
     directions: Mapping[str, Float[Tensor, "m d"]]
 
 
+@dataclass(frozen=True)
+class _Ground:
+    """What the training documents teach, whatever the dictionary."""
+
+    taught: Taught
+    shuffled: Float[Tensor, "classes_draws d"]
+    """`DRAWS` directions of shuffled labels for the first label, then for the next."""
+    rows: Float[Tensor, "n d"]
+    """Activations of the training split."""
+
+    def scored(self, d_sae: int, seed: int) -> dict[str, Float[Tensor, "m d"]]:
+        """Return the directions whose projections are scores: random ones, d_sae of a kind and
+        some of each label, and those that labels give."""
+        shape = (d_sae, self.rows.shape[1])
+        return {
+            RANDOM: unit_rows(torch.randn(shape, generator=generator(seed, _STREAM))),
+            COVARIANCE: from_covariance(self.rows, d_sae, seed=seed),
+            SHUFFLED: self.shuffled,
+            **self.taught.directions,
+        }
+
+
 @final
 class ConceptsEvaluator:
     """Chooses and scores a latent for every label of one site's documents."""
@@ -120,7 +149,7 @@ class ConceptsEvaluator:
         """Measure at `site`; by default the store's only one."""
         self.config = config or ConceptsConfig()
         self.site = site
-        self._kept: tuple[Hashable, Taught] | None = None
+        self._kept: tuple[Hashable, _Ground] | None = None
 
     def __call__(
         self,
@@ -159,12 +188,11 @@ class ConceptsEvaluator:
             config.labels, store, "halves", evaluator=self.name,
             at_most=config.documents, per_class=config.per_label,
         )  # fmt: skip
-        taught = self._taught(store, site, labelled)
-        shape = (dictionary.d_sae, store.width(site))
-        random = unit_rows(torch.randn(shape, generator=generator(config.seed, _STREAM)))
-        directions = {RAW: torch.eye(store.width(site)), RANDOM: random, **taught.directions}
+        ground = self._grounded(store, site, labelled)
+        scored = ground.scored(dictionary.d_sae, config.seed)
+        directions = {RAW: torch.eye(store.width(site)), **scored}
         scorers = {OWN: latents_of(dictionary), RAW: coordinates_of(store.width(site))}
-        scorers |= {RANDOM: projections_on(random, taught.mean), **taught.scorers()}
+        scorers |= {arm: projections_on(W, ground.taught.mean) for arm, W in scored.items()}
         if dictionary.d_out == dictionary.d_in:
             directions[OWN] = dictionary.W_dec.detach().float().cpu()
         else:
@@ -175,8 +203,9 @@ class ConceptsEvaluator:
         arms[WORDS] = (pooled_words(shares["choose"]), pooled_words(shares["test"]))
         return _Scene(labelled, choose, test, arms, directions)
 
-    def _taught(self, store: Store, site: str, labelled: Labelled) -> Taught:
-        """Fit the supervised directions, on the mean activation of each training document."""
+    def _grounded(self, store: Store, site: str, labelled: Labelled) -> _Ground:
+        """Fit the directions of labels, true and shuffled, on the mean activation of each training
+        document; sample rows for the covariance."""
         key = (store.content_hash, site)
         if self._kept is None or self._kept[0] != key:
             part = labelled.parts["train"]
@@ -185,7 +214,11 @@ class ConceptsEvaluator:
                 store, site, "train", part.documents, scorers, batch=self.config.batch
             )
             targets = seen_only(part, seen, labelled, site).targets
-            self._kept = (key, Taught.by(found[RAW].mean, targets))
+            x, seed = found[RAW].mean, self.config.seed
+            shuffled = [shuffled_labels(x, positive, DRAWS, seed=seed) for positive in targets.T]
+            sample = sample_rows(store, site, "train", _ROWS, batch=_ROWS_READ, seed=seed)
+            rows = torch.cat([batch.x for batch in sample]).float()
+            self._kept = (key, _Ground(Taught.by(x, targets), torch.cat(shuffled), rows))
         return self._kept[1]
 
     def _pooled(
@@ -210,8 +243,9 @@ class ConceptsEvaluator:
         width = scene.arms[arm][0].mean.shape[1]
         places = torch.arange(scores.shape[1]) % max(width, 1)
         varies = (scores != scores[:1]).any(0)
-        if arm in SUPERVISED:
-            allowed = places == torch.arange(width)[:, None]
+        if arm in (SHUFFLED, *SUPERVISED):
+            n = DRAWS if arm == SHUFFLED else 1
+            allowed = places // n == torch.arange(width // n)[:, None]
         else:
             drawn = permutation(width, self.config.seed)[: self.config.candidates]
             allowed = torch.isin(places, drawn).expand(len(scene.labelled.classes), -1)

@@ -294,10 +294,31 @@ def test_the_best_of_many_is_at_chance_under_shuffled_labels():
     assert abs(score.value) < 4 * score.standard_error
 
 
+def test_random_directions_of_each_kind_stand_beside_a_latent():
+    found = concepts(world())
+    assert found["covariance_directions", "concept_candidates[max]"].value == 12
+    assert found["shuffled_labels", "concept_candidates[max]"].value == 40  # 20 a label, two sides
+    for arm in ("covariance_directions", "shuffled_labels"):
+        for metric in ("snmf_score", "concept_auc[mean]", "concept_auc[max](class 2)"):
+            assert (arm, metric) in found
+        assert ("dictionary", f"concept_auc_over({arm})[max]") in found
+    # variance along a single axis: all draws lie along it, so that only its label is told
+    g = torch.Generator().manual_seed(0)
+    store = world(noise=1e-3)
+    x = store._x[SITE]
+    x[:, 1:] *= 1e-3
+    alone = concepts(store, dictionary=Reads(6))
+    assert alone["covariance_directions", "concept_auc[max](class 0)"].value == 1
+    noise = Texts(torch.randn(300 * WINDOW, 6, generator=g), world().labels)
+    for arm in ("covariance_directions", "shuffled_labels"):
+        row = concepts(noise, replace_config(CONCEPTS, resamples=200))[arm, "concept_auc[mean]"]
+        assert abs(row.value - 0.5) < 4 * row.standard_error
+
+
 def test_drawn_candidates_are_as_many_for_every_arm():
     config = replace_config(CONCEPTS, candidates=4)
     found = concepts(world(), config)
-    for arm in ("dictionary", "raw", "random_directions"):
+    for arm in ("dictionary", "raw", "random_directions", "covariance_directions"):
         assert found[arm, "concept_candidates[max]"].value == 8
     assert found == concepts(world(), config)
 
