@@ -6,9 +6,14 @@ A row is a line of `curves.py` (every member of a type that differs in budget an
 distinct L0 (`--l0`, 32), interpolated as there; of a trained type also its decoder with the same
 pursuit (the core evaluator's `re-encoded`). Beside FVU, KL and CE recovered stand
 
-- *unique*: different training rows seen: the member's tokens, or all of the store's if fewer;
-- *after*: seconds of the member's own steps;
-- *with harvest*: these, and the time that the store's harvest took for so many tokens;
+- *tokens*: as many as the member may have; one that is full takes no more;
+- *unique*: different training rows that came to it, or all of the store's if these are fewer; the
+  sample that a member begins with is not counted;
+- *atoms*: fewest and most of the line's members, marked ‡ where one has fewer than it was to have;
+- *begin*: seconds before the member's first step, such as ITDA's search for a threshold; empty for
+  runs that did not keep it;
+- *after*: these, and seconds of the member's own steps;
+- *with harvest*: all these, and the time that the store's harvest took for so many tokens;
 - *encode*: milliseconds per 1,000 held-out rows with the codes of that row, the median of
   `--rounds` interleaved rounds on this machine.
 """
@@ -46,8 +51,16 @@ class Row:
     label: str
     line: Line
     tokens: int
+    seen: int
+    """Rows that came to it before it was full."""
+    atoms: tuple[int, int]
+    """Fewest and most of the line's members."""
+    wanted: int
+    """How many atoms there were to be."""
+    begin: float | None
+    """Seconds before the first step."""
     seconds: float | None
-    """Of its own steps."""
+    """These, and of its own steps."""
     member: Scored
     """The one whose encoding is timed: the nearest in L0."""
     pursued: bool = False
@@ -67,7 +80,14 @@ def rows_of(board: Sequence[Scored], l0: float) -> list[Row]:
                 continue  # its own codes are these
             label = f"{line.label}, decoder with pursuit" if pursued else line.label
             tokens = member.inputs["train"]["tokens"]
-            found.append(Row(label, line, tokens, nearest.seconds, member, pursued))
+            atoms = [by_name[point.name].facts["d_sae"] for point in line.points]
+            found.append(
+                Row(
+                    label, line, tokens, member.facts.get("tokens_seen", tokens),
+                    (min(atoms), max(atoms)), member.inputs["dictionary"]["d_sae"],
+                    nearest.init_seconds, nearest.seconds, member, pursued,
+                )
+            )  # fmt: skip
     return sorted(found, key=lambda row: (row.member.type, row.label, row.tokens))
 
 
@@ -104,21 +124,27 @@ def table(
 ) -> list[str]:
     """Return the Markdown table. `unique` rows are for training; harvest took `per_token` s."""
     heads = [
-        "", "tokens", "unique", *(METRICS[m] for m in SHOWN), "after, s", "with harvest, s",
-        "encode, ms per 1,000",
+        "", "tokens", "unique", "atoms", *(METRICS[m] for m in SHOWN), "begin, s", "after, s",
+        "with harvest, s", "encode, ms per 1,000",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for row, milliseconds in zip(rows, encoding, strict=True):
-        seen = min(row.tokens, unique)
-        after = "" if row.seconds is None else f"{row.seconds:.1f}"
-        whole = "" if row.seconds is None else f"{row.seconds + per_token * seen:.1f}"
+        seen = min(row.seen, unique)
+        whole = None if row.seconds is None else row.seconds + per_token * seen
+        seconds = ["" if s is None else f"{s:.1f}" for s in (row.begin, row.seconds, whole)]
         scores = [str(found) if (found := at(row.line, m, l0)) else "" for m in SHOWN]
         cells = [
-            f"**{row.label}**", f"{row.tokens:,}", f"{seen:,}", *scores, after, whole,
+            f"**{row.label}**", f"{row.tokens:,}", f"{seen:,}", _atoms(row), *scores, *seconds,
             f"{milliseconds:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _atoms(row: Row) -> str:
+    fewest, most = row.atoms
+    text = f"{most:,}" if fewest == most else f"{fewest:,}–{most:,}"
+    return text if fewest == row.wanted else f"{text} ‡"
 
 
 def page(folder: Path, l0: float, rounds: int) -> str:
@@ -139,7 +165,7 @@ def page(folder: Path, l0: float, rounds: int) -> str:
     n = next(row["n"] for row in board[0].rows if row["name"] == "fvu")
     head = (
         f"{board[0].site}, {n:,} held-out rows, at a distinct L0 of {l0:g} († the nearest that was "
-        f"measured). Harvest: {1 / per_token:,.0f} tokens/s."
+        f"measured; ‡ fewer atoms than there was room for). Harvest: {1 / per_token:,.0f} tokens/s."
     )
     return "\n".join([head, "", *table(found, l0, unique, per_token, encoding), ""])
 

@@ -8,7 +8,8 @@ and its seed; a line of another width or rate is called by that too. Per site th
 1. a table at the L0 asked for (`--l0`, 32). A metric is interpolated along the line, linearly in
    the logarithm of the *measured* L0, between the two neighbours of that L0. Nothing is
    extrapolated: of a line that does not reach as far, the nearest point stands, marked †;
-2. the controls at the same L0, and every member as it was measured;
+2. the controls at the same L0, types whose codes are not k-sparse (semi-NMF) in a table of their
+   own as they were measured, and every member as it was measured;
 3. with `--figure`, FVU and KL against L0 as SVG (extra `plots`), the same bytes each time.
 
 *Seeds.* Each seed is interpolated on a line of its own. Where it has no member at a budget, the
@@ -21,8 +22,9 @@ the standard deviation over seeds (not of their mean). Most of the documents' pa
 types: to tell two apart, read "FVU − best". It is the difference to the best line with a 95 %
 interval, paired by documents and seeds (a hierarchical bootstrap over both).
 
-*Seconds* are a member's own training steps (`step_seconds` of its `run.json`, scaled to all steps
-if it was resumed): reading is shared, and left out.
+*Seconds* are a member's own: its training steps (`step_seconds` of its `run.json`, scaled to all
+steps if it was resumed) and what came before them (`init_seconds`). Reading is shared, and left
+out.
 """
 
 import argparse
@@ -37,7 +39,16 @@ from pathlib import Path
 from typing import Any
 
 from saelab_experiments import pages
-from saelab_experiments.lines import METRICS, Estimate, at, controls, lead, lines_of, spread_of
+from saelab_experiments.lines import (
+    METRICS,
+    Estimate,
+    Line,
+    at,
+    controls,
+    lead,
+    lines_of,
+    spread_of,
+)
 
 from saelab import artifacts, leaderboard
 from saelab.errors import ArtifactError, ConfigError
@@ -72,6 +83,21 @@ def at_table(board: Sequence[Scored], l0: float) -> list[str]:
         alone = line.label.startswith(("token_mean", "pca"))
         cells = [_cell(at(line, m, line.points[0].l0 if alone else l0)) for m in shown]
         table.append(_row([line.label, "", *cells, *("" for _ in leads), "", ""]))
+    return table
+
+
+def apart_table(board: Sequence[Scored]) -> list[str]:
+    """Return the table of lines that have no L0 to be compared at: as they were measured."""
+    lines = lines_of(board)
+    shown = [m for m in METRICS if any(m in p.scores for line in lines for p in line.points)]
+    heads = ["", "seeds", *(METRICS[m] for m in shown), "L0", "seconds"]
+    table = [_row(heads), "|---|" + "--:|" * (len(heads) - 1)]
+    for line in lines:
+        for budget in sorted({point.budget for point in line.points}):
+            there = line.of_budget(budget)
+            cells = [_cell(at(Line(line.label, there), m, there[0].l0)) for m in shown]
+            tail = over_seeds(p.l0 for p in there), over_seeds(p.seconds for p in there)
+            table.append(_row([f"**{line.label}**", str(len(there)), *cells, *tail]))
     return table
 
 
@@ -124,19 +150,27 @@ def page(
             "",
             f"{len(board)} members on {store}, {n:,} held-out rows.",
         ]
-        parts += ["", *at_table(board, l0), ""]
+        sparse = [one for one in board if one.is_k_sparse]
+        apart = [one for one in board if not one.is_k_sparse]
+        parts += ["", *at_table(sparse, l0), ""] if sparse else [""]
+        if apart:
+            parts += ["### Codes that are not k-sparse", "", _APART, "", *apart_table(apart), ""]
         parts += [f"![FVU and KL against L0]({figure})", ""] if figure else []
         parts += ["### Every member", "", *member_table(board), ""]
     return "\n".join(parts)
 
 
+_APART = (
+    "Non-negative least squares gives a row many small codes: L0 counts those of at least a "
+    "hundredth of its largest, reconstructions use all. Not to be ranked beside types with a k."
+)
 _READING = (
     "Values are interpolated linearly in the "
     "logarithm of the measured L0; † marks the nearest point of a line that does not reach this "
     "L0. After ± stands one standard error over held-out documents, after “seeds” the standard "
     "deviation over seeds; “− best” is the difference to the first line with a 95 % interval, "
-    "paired by documents and seeds. Seconds are a member's own training steps. The controls follow "
-    "the lines; the best re-encoded one was chosen on these rows."
+    "paired by documents and seeds. Seconds are a member's own, before and in its training steps. "
+    "The controls follow the lines; the best re-encoded one was chosen on these rows."
 )
 
 

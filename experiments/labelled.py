@@ -2,15 +2,19 @@
 
     python -m saelab_experiments.labelled runs/concepts --against topk --output docs/concepts.md
 
-A row per member of a run that was scored by `concepts`, `probing`, `tpp` or `scr`, then the arms
-that do not depend on a member (supervised directions, raw coordinates, random directions, words).
-Cells are means over labels with one standard error over documents; below each stands the
-difference to the member of `--against` with its 95 % interval, paired by documents.
+A table each of what single latents tell, of probes on the largest and on the mean value of latents
+in a document, and of what ablating latents does. A row per member of a run that was scored by
+`concepts`, `probing`, `tpp` or `scr`, then the arms that do not depend on a member (supervised
+directions, raw coordinates, random directions, words). Cells are means over labels with one
+standard error over documents; below each stands the difference to the member of `--against` with
+its 95 % interval, paired by documents. *Candidates* are the columns that an arm could choose from.
+Members whose codes are not k-sparse (semi-NMF) come last and are marked: their latents are chosen
+and probed like others', but a row has many.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,21 +26,41 @@ from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.leaderboard import Scored
 from saelab.report import pretty
 
-COLUMNS = {
-    "concept_auc[max]": "concept AUC, max",
-    "concept_auc[mean]": "concept AUC, mean",
-    "snmf_score": "SNMF score",
-    "probe_auc[k=1,max]": "probe AUC, k 1",
-    "probe_auc[k=5,max]": "k 5",
-    "probe_auc[k=20,max]": "k 20",
-    "probe_auc[all,max]": "all columns",
-    "tpp[n=1]": "TPP, n 1",
-    "tpp[n=20]": "n 20",
-    "scr[n=1]": "SCR, n 1",
-    "scr[n=20]": "n 20",
+TABLES = {
+    "A single latent": {
+        "concept_auc[max]": "concept AUC, max",
+        "concept_auc[mean]": "mean",
+        "snmf_score": "SNMF score",
+        "snmf_positive": "above 0",
+        "snmf_clamped": "clamped",
+        "concept_candidates[max]": "candidates",
+    },
+    "Probes on each latent's largest value in a document": {
+        "probe_auc[k=1,max]": "AUC, k 1",
+        "probe_auc[k=2,max]": "k 2",
+        "probe_auc[k=5,max]": "k 5",
+        "probe_auc[k=20,max]": "k 20",
+        "probe_auc[all,max]": "all columns",
+    },
+    "Probes on each latent's mean over a document": {
+        "probe_auc[k=1,mean]": "AUC, k 1",
+        "probe_auc[k=2,mean]": "k 2",
+        "probe_auc[k=5,mean]": "k 5",
+        "probe_auc[k=20,mean]": "k 20",
+        "probe_auc[all,mean]": "all columns",
+    },
+    "What ablating latents does": {
+        "tpp[n=1]": "TPP, n 1",
+        "tpp[n=20]": "n 20",
+        "scr[n=1]": "SCR, n 1",
+        "scr[n=20]": "n 20",
+    },
 }
+"""Metrics side by side, with what their columns are called."""
+_METRICS = [metric for columns in TABLES.values() for metric in columns]
 SHARED = (
-    "mean_difference", "linear_probe", "raw", "pca", "random_directions", "bag_of_words",
+    "mean_difference", "linear_probe", "raw", "pca", "random_directions",
+    "covariance_directions", "shuffled_labels", "bag_of_words",
 )  # fmt: skip
 """Arms that stand in every member's results, the same in all."""
 
@@ -50,28 +74,42 @@ class Line:
     arm: str
 
 
-def lines_of(board: Sequence[Scored]) -> list[Line]:
-    """Return the members in the order of the run's names, then the arms that all share."""
-    members = [Line(one.name, one, "dictionary") for one in sorted(board, key=lambda s: s.name)]
-    first = members[0].member
-    arms = {arm for arm, name in first.cells if name in COLUMNS}
-    return members + [Line(arm, first, arm) for arm in SHARED if arm in arms]
+def lines_of(board: Sequence[Scored], metrics: Collection[str]) -> list[Line]:
+    """Return the members that have one of the metrics, in the order of the run's names and those
+    that are not k-sparse last, then the arms that all share."""
+    ordered = sorted(board, key=lambda one: (not one.is_k_sparse, one.name))
+    members = [Line(one.name, one, "dictionary") for one in ordered if any(map(one.row, metrics))]
+    arms = {arm for arm, name in ordered[0].cells if name in metrics}
+    return members + [Line(arm, ordered[0], arm) for arm in SHARED if arm in arms]
 
 
-def table(board: Sequence[Scored], against: str) -> list[str]:
-    """Return the Markdown table of a board. Raises ConfigError if no member is called so."""
-    lines = lines_of(board)
+def tables(board: Sequence[Scored], against: str) -> list[str]:
+    """Return the Markdown tables of a board. Raises ConfigError if no member is called so."""
+    reference = _reference(board, against)
+    found = []
+    for title, columns in TABLES.items():
+        lines = lines_of(board, columns)
+        if lines:
+            found += [f"### {title}", "", *_table(lines, reference, columns), ""]
+    return found
+
+
+def _reference(board: Sequence[Scored], against: str) -> Line:
+    lines = lines_of(board, _METRICS)
     named = [line for line in lines if line.member.type == against or line.label == against]
     if not named:
         known = sorted({line.member.type for line in lines})
         raise ConfigError(f"--against {against}: no member of this run; {nearest(against, known)}")
-    reference = named[0]
-    shown = [m for m in COLUMNS if any(line.member.row(m, line.arm) for line in lines)]
-    heads = ["", *(COLUMNS[m] for m in shown)]
+    return named[0]
+
+
+def _table(lines: Sequence[Line], reference: Line, columns: Mapping[str, str]) -> list[str]:
+    shown = [m for m in columns if any(line.member.row(m, line.arm) for line in lines)]
+    heads = ["", *(columns[m] for m in shown)]
     rows = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * len(shown)]
     for line in lines:
-        bold = line.arm == "dictionary"
-        cells = [f"**{line.label}**" if bold else line.label]
+        bold, apart = line.arm == "dictionary", "" if line.member.is_k_sparse else ", not k-sparse"
+        cells = [f"**{line.label}**{apart}" if bold else line.label]
         cells += [_cell(line, reference, metric) for metric in shown]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
@@ -84,7 +122,7 @@ def _cell(line: Line, reference: Line, metric: str) -> str:
     text = pretty(row["value"], row["standard_error"])
     arms = line.arm, reference.arm
     found = leaderboard.gap_of(line.member, reference.member, metric, arms=arms)
-    if line is reference or found is None or not found.paired:
+    if line == reference or found is None or not found.paired:
         return text
     return f"{text}<br>{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
@@ -93,14 +131,14 @@ def page(folders: Sequence[Path], against: str) -> str:
     """Return the page of some runs, a table each. Raises ArtifactError for one without labels."""
     parts: list[str] = []
     for folder in folders:
-        members = [s for s in leaderboard.scored(folder) if any(map(s.row, COLUMNS))]
+        members = [s for s in leaderboard.scored(folder) if any(map(s.row, _METRICS))]
         if not members:
             raise ArtifactError(
                 f"{folder} holds no scores of labels: evaluate with evals: [concepts, probing, tpp]"
             )
-        for board in leaderboard.boards(members, next(iter(COLUMNS))):
+        for board in leaderboard.boards(members, _METRICS[0]):
             parts += [f"## {board[0].results.parent('store').name}, {board[0].site}", ""]
-            parts += [_counts(board[0]), "", *table(board, against), ""]
+            parts += [_counts(board[0]), "", *tables(board, against)]
     return "\n".join(parts)
 
 

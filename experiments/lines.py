@@ -50,6 +50,8 @@ class Point:
     l0: float
     scores: dict[str, Score]
     seconds: float | None = None
+    """Of its own: of its initialisation, where that was kept, and of all of its steps."""
+    init_seconds: float | None = None
     name: str = ""
 
 
@@ -151,7 +153,8 @@ def _point(one: Scored, arm: str) -> Point | None:
     if not scores or own is None:
         return None
     budget = float(one.inputs["dictionary"][_budget_key(one)])
-    return Point(budget, one.inputs["seed"], own.value, scores, _seconds(one), one.name)
+    begun = one.training.get("init_seconds")
+    return Point(budget, one.inputs["seed"], own.value, scores, _seconds(one), begun, one.name)
 
 
 def _l0(one: Scored) -> Score | None:
@@ -160,12 +163,14 @@ def _l0(one: Scored) -> Score | None:
 
 
 def _seconds(one: Scored) -> float | None:
-    """Return the time of all of a member's own steps; None where it was not kept."""
+    """Return the time of a member's initialisation and of all of its steps, those before it was
+    resumed by the mean of the others; None where it was not kept."""
     train, run = one.inputs["train"], one.training
-    steps = train["tokens"] // train["batch"]
-    taken = steps - run.get("resumed_at", 0)
-    seconds = run.get("step_seconds")
-    return None if not seconds or taken <= 0 else seconds * steps / taken
+    steps = run.get("steps_taken", train["tokens"] // train["batch"])
+    timed, seconds = steps - run.get("resumed_at", 0), run.get("step_seconds")
+    if not seconds or timed <= 0:
+        return None
+    return (run.get("init_seconds") or 0.0) + seconds * steps / timed
 
 
 # ---------------------------------------------------------------------------------- interpolation

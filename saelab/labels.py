@@ -1,9 +1,10 @@
 """Which documents of a store are labelled, and how they are divided for choosing and for scoring.
 
-A document's split is the store's. Which documents are taken where there are more than needed, and
-which half of the held-out ones a document belongs to, is decided by other digits of its hash: it
-depends on nothing but its text. Classes with too few documents in any part are left out with all
-their documents, and counted.
+A document's split is the store's. Which documents are taken where there are more than needed is
+decided by other digits of its hash, and so is which half of the held-out ones a document belongs
+to: by those of its text, or of what is divided as a whole (`corpus.split_field`), so that a film's
+reviews lie in one part. It depends on nothing else. Classes with too few documents in any part are
+left out with all their documents, and counted.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.errors import ConfigError
+from saelab.errors import ConfigError, CorpusError
 from saelab.protocols import LabelledStore, Store
 from saelab.types import Document
 
@@ -104,6 +105,18 @@ def labelled_documents(
     )
 
 
+def seen_only(part: Part, seen: Bool[Tensor, " n"], labelled: Labelled, site: str) -> Part:
+    """Return the documents that have rows. Raises CorpusError if a label is left with none."""
+    kept = part.where(seen)
+    for name, n in zip(labelled.classes, kept.targets.sum(0).tolist(), strict=True):
+        if n == 0:
+            raise CorpusError(
+                f"no document with the label {name!r} keeps a row at {site} in one of the parts: "
+                "the site's mask leaves them out; take more text, or a larger per_label."
+            )
+    return kept
+
+
 def _too_few(
     classes: list[str], names: list[str], counts: Mapping[str, Counter[str]], per_class: int
 ) -> str:
@@ -138,7 +151,7 @@ def _by_part(
         return {"train": train, "test": heldout}, n_unlabelled
     halves: dict[bool, list[Document]] = {False: [], True: []}
     for document in heldout:
-        halves[int(document.hash[24:32], 16) % 2 == 1].append(document)
+        halves[int(document.decisive_hash[24:32], 16) % 2 == 1].append(document)
     return {"train": train, "choose": halves[False], "test": halves[True]}, n_unlabelled
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from saelab import artifacts, report
 from saelab.artifacts import Manifest
 from saelab.config import digest
+from saelab.dictionaries import REGISTRY
 from saelab.errors import ArtifactError, ConfigError, nearest
 from saelab.results import read_replicates, read_rows
 from saelab.stats import Difference
@@ -32,7 +33,7 @@ LOWER = (
 HIGHER = (
     "ce_recovered_zero", "ce_recovered_mean", "cosine", "pca_rank_of_equal_fvu",
     "r2", "mcc", "uniqueness", "precision", "recall", "f1",
-    "concept_auc[max]", "concept_auc[mean]", "snmf_score",
+    "concept_auc[max]", "concept_auc[mean]", "snmf_score", "snmf_positive",
     *(f"probe_{what}[k={k},{how}]" for what in ("auc", "accuracy") for how in ("max", "mean")
       for k in (1, 2, 5, 20)),
     *(f"{what}[n={n}]" for what in ("tpp", "scr") for n in (1, 2, 5, 10, 20, 50, 100, 500)),
@@ -66,6 +67,8 @@ class Scored:
     """What the dictionary was made from; empty if it does not lie beside its results."""
     training: dict[str, Any]
     """How its training went: its `run.json`; empty likewise."""
+    facts: dict[str, Any]
+    """What its manifest says of the finished dictionary; empty likewise."""
 
     @property
     def site(self) -> str:
@@ -76,6 +79,12 @@ class Scored:
     def type(self) -> str:
         """The registered name of its type."""
         return self.inputs.get("dictionary", {}).get("type", "?")
+
+    @property
+    def is_k_sparse(self) -> bool:
+        """Whether its L0 counts all of its codes; else it leaves out small ones, of which a row
+        has many, and there is no L0 at which it could be compared."""
+        return not getattr(REGISTRY.get(self.type), "l0_floor", 0.0)
 
     @cached_property
     def cells(self) -> dict[tuple[str, str], dict[str, Any]]:
@@ -119,9 +128,9 @@ def scored(out: Path) -> list[Scored]:
         folder, dictionary = made.get(parent, (None, None))
         twice = names.count(manifest.name) > 1
         name = f"{manifest.name} {parent[:8]}" if twice else manifest.name
-        inputs = dictionary.inputs if dictionary else {}
+        inputs, facts = (dictionary.inputs, dictionary.facts) if dictionary else ({}, {})
         training = artifacts.read_json(folder / artifacts.RUN) if folder else {}
-        found.append(Scored(name, parent, manifest, path, read_rows(path), inputs, training))
+        found.append(Scored(name, parent, manifest, path, read_rows(path), inputs, training, facts))
     return found
 
 
@@ -194,9 +203,19 @@ def _lines(board: Sequence[Scored], metric: str) -> list[list[str]]:
     return [[s.name, s.type, *(_cell(s.row(name)) for name in columns)] for s in board]
 
 
+def _blocks(members: Sequence[Scored], metric: str) -> list[list[Scored]]:
+    """Return the boards, those of members that are not k-sparse apart."""
+    halves = (
+        [one for one in board if one.is_k_sparse == sparse]
+        for board in boards(members, metric)
+        for sparse in (True, False)
+    )
+    return [half for half in halves if half]
+
+
 def _title(board: Sequence[Scored]) -> str:
-    best = board[0]
-    return f"{best.site}, {len(board)} members on {best.results.parent('store').name}"
+    best, apart = board[0], "" if board[0].is_k_sparse else ", codes that are not k-sparse"
+    return f"{best.site}, {len(board)} members on {best.results.parent('store').name}{apart}"
 
 
 def _note(board: Sequence[Scored], metric: str) -> str:
@@ -219,7 +238,7 @@ def _note(board: Sequence[Scored], metric: str) -> str:
 def summary(members: Sequence[Scored], by: str | None) -> Group:
     """Return one board per site. Raises ConfigError if `by` cannot rank."""
     metric, parts = metric_of(members, by), []
-    for board in boards(members, metric):
+    for board in _blocks(members, metric):
         table = report.table("", "type", *(_head(n, metric) for n in _columns(board, metric)))
         table.columns[1].justify = "left"
         for place, line in enumerate(_lines(board, metric)):
@@ -236,7 +255,7 @@ def _mark(place: int, name: str) -> str:
 def markdown(members: Sequence[Scored], by: str | None) -> str:
     """Return the boards as Markdown. Raises ConfigError if `by` cannot rank."""
     metric, lines = metric_of(members, by), []
-    for board in boards(members, metric):
+    for board in _blocks(members, metric):
         columns = _columns(board, metric)
         heads = " | ".join(_head(name, metric) for name in columns)
         lines += [f"## {_title(board)}", "", f"| member | type | {heads} |"]

@@ -45,6 +45,7 @@ _CONCEPT_TITLES = {
     "concept_auc[mean]": "AUC, mean ↑",
     "concept_candidates[max]": "candidates",
     "snmf_score": "SNMF score ↑",
+    "snmf_positive": "above 0 ↑",
     "snmf_clamped": "clamped ↓",
 }
 _PERTURBED = {"tpp": "targeted probe perturbation ↑", "scr": "spurious correlation removed ↑"}

@@ -172,12 +172,20 @@ class Document:
     number: int
     """Its number in the store, in order of first appearance."""
     hash: str
-    """sha256 of the text, as hex; it decides the split."""
+    """sha256 of the text, as hex; it decides the split where nothing else does."""
     heldout: bool
     text: str
     label: str | int | float | None = None
     group: int | None = None
     """Number of the first document it shares windows with; None: it shares none."""
+    split_hash: str | None = None
+    """sha256 of what is divided as a whole (`corpus.split_field`: a thread, a film), as hex; None:
+    the text is by itself, or the store is older than this field."""
+
+    @property
+    def decisive_hash(self) -> str:
+        """The hash that decides which part of a division it belongs to."""
+        return self.split_hash or self.hash
 
 
 @dataclass(frozen=True)

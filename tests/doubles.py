@@ -132,8 +132,9 @@ class ArrayStore:
 class Texts(ArrayStore):
     """An array store of one site, `site`, whose windows are documents with labels."""
 
-    def __init__(self, x, labels, texts=None, **options) -> None:
+    def __init__(self, x, labels, texts=None, films=None, **options) -> None:
         super().__init__({"site": x}, **options)
+        self.films = films
         self.labels = labels
         self.texts = texts or [f"document about {label}" for label in labels]
         self.content_hash = hashlib.sha256(repr((labels, x.sum())).encode()).hexdigest()
@@ -141,7 +142,10 @@ class Texts(ArrayStore):
     def document(self, number: int) -> Document:
         text = self.texts[number]
         sha = hashlib.sha256(f"{number} {text}".encode()).hexdigest()
-        return Document(number, sha, number % 5 == 4, text, self.labels[number])
+        heldout, film = number % 5 == 4, None
+        if self.films is not None:
+            film = hashlib.sha256(self.films[number].encode()).hexdigest()
+        return Document(number, sha, heldout, text, self.labels[number], split_hash=film)
 
 
 def planted_store(

@@ -42,9 +42,11 @@ def scores(l0: float, fvu: float, error: float | None = 0.01, **others: float):
 
 def member(
     out: Path, kept: Path, name: str, rows: list[dict[str, Any]], *, seed: int = 0, lr=None,
-    site: str = SITE, run: dict[str, Any] | None = None, **fields: Any,
+    site: str = SITE, run: dict[str, Any] | None = None, made: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> Path:  # fmt: skip
-    """Make a dictionary with results; return the dictionary's folder."""
+    """Make a dictionary with results; return its folder. `run` is its `run.json`, `made` what its
+    manifest says beside type, site and width."""
     dictionary = {"type": "topk", "d_in": 8, "d_sae": 64, "k": 32} | fields
     dictionary = {key: value for key, value in dictionary.items() if value is not None}
     path = artifact(
@@ -53,7 +55,8 @@ def member(
             "dictionary": dictionary, "lr": lr, "seed": seed, "site": site,
             "train": {"tokens": 1000, "batch": 10},
         },
-        facts={"type": dictionary["type"], "site": site, "d_sae": dictionary["d_sae"]},
+        facts={"type": dictionary["type"], "site": site, "d_sae": dictionary["d_sae"]}
+        | (made or {}),
         provenance={"resumed_at": 0, "step_seconds": 5.0} if run is None else run,
     )  # fmt: skip
     parents = [artifacts.parent_of(path), artifacts.parent_of(kept)]

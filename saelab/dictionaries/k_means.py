@@ -67,7 +67,9 @@ class KMeans(Atoms, Streamed):
         """Give each row to the nearest centre, then move the centres."""
         x = self._rows(batch.x) - self.b_dec
         nearest = (x @ self.centres.T - self.centres.square().sum(1) / 2).argmax(1)
-        error = (x - self.centres[nearest]).square().sum(1) / x.square().sum(1).clamp(min=1e-12)
+        energy = x.square().sum(1)
+        error = (x - self.centres[nearest]).square().sum(1)
+        error = torch.where(energy > 0, error / energy.clamp(min=1e-12), 0)  # a share of nothing
         sums = torch.zeros_like(self.centres).index_add_(0, nearest, x)
         here = torch.bincount(nearest, minlength=self.d_sae)
         self.counts += here

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.dictionaries.atoms import AtomsConfig, KeptRows
+from saelab.errors import ConfigError
 from saelab.protocols import Intake, Streamed
 from saelab.types import Batch
 
@@ -35,8 +36,13 @@ class RandomRows(KeptRows, Streamed):
     def begin_(
         self, mean: Float[Tensor, " d_in"], sample: Float[Tensor, "n d_in"], n_rows: int
     ) -> None:
-        """Drop all atoms and set b_dec."""
-        del sample, n_rows
+        """Drop all atoms and set b_dec. Raises ConfigError if fewer rows than atoms will come."""
+        del sample
+        if n_rows < self.config.d_sae:
+            raise ConfigError(
+                f"{self.config.d_sae} atoms are wanted of {n_rows} rows: give more rows, or a "
+                "smaller d_sae"
+            )
         self._center_(mean)
         self._hold_(self.W_dec.new_zeros(0, self.d_in), {})
 

@@ -242,14 +242,17 @@ class SemiNMF(BaseDictionary, Solved):
 
     @torch.no_grad()
     def advance(self, store: Store, state: State) -> State:
-        """Return the state after an update; a level that is through starts the next."""
+        """Return the state after an update; a level that is through starts the next.
+
+        Until a stream's loss is of enough batches to be compared, its last features are the best.
+        """
         del store  # its rows are in the state
         if self._is_through(state):
             state = self._next_level(state)
         part, step = state.part.next(self.config.n_kept), state.step + 1
-        if part.loss < state.best_loss or state.best is None:
-            now = replace(state, part=part, step=step, best=part.features, best_loss=part.loss)
-            now = replace(now, stale=0)
+        loss = part.loss if part.is_settled else math.inf
+        if loss < state.best_loss or not part.is_settled or state.best is None:
+            now = replace(state, part=part, step=step, best=part.features, best_loss=loss, stale=0)
         else:
             now = replace(state, part=part, step=step, stale=state.stale + 1)
         last = len(now.solved) + 1 == self.n_levels

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from saelab.dictionaries.base import BaseDictionary, DictionaryConfig
 from saelab.errors import ConfigError
-from saelab.labels import labelled_documents
+from saelab.labels import labelled_documents, seen_only
 from saelab.metrics.pooling import Pooling
 from saelab.ops import linalg
 from saelab.probes import DIRECTIONS, Direction
@@ -116,7 +116,8 @@ class Supervised(BaseDictionary, Solved):
     def start(self, store: Store, generator: torch.Generator) -> Lesson:  # noqa: ARG002
         """Pool the labelled training documents of the store's only site; nothing is random.
 
-        Raises ConfigError if there are not `d_sae` labels, or if the store has several sites.
+        Raises ConfigError if there are not `d_sae` labels, or if the store has several sites, and
+        CorpusError if no document of a label keeps a row.
         """
         site, *others = store.sites
         if others:
@@ -135,7 +136,8 @@ class Supervised(BaseDictionary, Solved):
         for rows in store.scan(site, batch=_BATCH, split="train"):
             mine = torch.isin(rows.documents, part.documents)
             pooling.update(rows.x[mine], rows.documents[mine])
-        return Lesson(pooling.compute().mean, part.targets[pooling.seen])
+        kept = seen_only(part, pooling.seen, found, site)
+        return Lesson(pooling.compute().mean, kept.targets)
 
     def advance(self, store: Store, state: Lesson) -> Lesson:  # noqa: ARG002
         """Fit the directions, in one step; a finished lesson stays as it is."""

@@ -16,34 +16,41 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from saelab.config import Config
+from saelab.evals.directions import from_covariance, shuffled_labels
 from saelab.evals.labelled import (
+    SUPERVISED,
     Measured,
     Naming,
     Scorer,
+    Taught,
     checked_site,
     coordinates_of,
     cosines_with,
     count_rows,
     difference_row,
+    documents_with,
     label_rows,
     latents_of,
     measure,
     pool,
     projections_on,
-    seen_only,
 )
-from saelab.labels import Labelled, Part, labelled_documents, word_shares
+from saelab.evals.sample import sample_rows
+from saelab.labels import Labelled, Part, seen_only, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.ops.linalg import unit_rows
 from saelab.ops.shuffle import generator, permutation
-from saelab.probes import DIRECTIONS, Direction
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.stats import ResultRow, aucs, weighted_auc
 
 log = logging.getLogger(__name__)
 
 OWN, RAW, WORDS, RANDOM = "dictionary", "raw", "bag_of_words", "random_directions"
-SUPERVISED: tuple[Direction, ...] = ("mean_difference", "linear_probe")
+COVARIANCE, SHUFFLED = "covariance_directions", "shuffled_labels"
+DRAWS = 20
+"""Directions of shuffled labels, of each label."""
+_ROWS, _ROWS_READ = 4096, 1024
+"""Training rows behind the covariance, and how many are read at once."""
 POOLS: tuple[Pool, ...] = ("max", "mean")
 FLOOR = 1e-3
 """Mean cosines below are raised to it before their ratio is taken."""
@@ -54,6 +61,9 @@ _STREAM = 1 << 17
 class ConceptsConfig(Config):
     """Which documents and candidates; every arm is treated alike."""
 
+    labels: tuple[str, ...] = ()
+    """Labels to tell apart, two or more; documents of others are left out. By default all that are
+    frequent enough."""
     sides: Sides = "two"
     """`two`: a latent and its opposite are both candidates. `one`: only the latent."""
     documents: PositiveInt = 4000
@@ -107,11 +117,25 @@ class _Scene:
 
 
 @dataclass(frozen=True)
-class _Taught:
+class _Ground:
     """What the training documents teach, whatever the dictionary."""
 
-    mean: Float[Tensor, " d"]
-    directions: Mapping[Direction, Float[Tensor, "classes d"]]
+    taught: Taught
+    shuffled: Float[Tensor, "classes_draws d"]
+    """`DRAWS` directions of shuffled labels for the first label, then for the next."""
+    rows: Float[Tensor, "n d"]
+    """Activations of the training split."""
+
+    def scored(self, d_sae: int, seed: int) -> dict[str, Float[Tensor, "m d"]]:
+        """Return the directions whose projections are scores: random ones, d_sae of a kind and
+        some of each label, and those that labels give."""
+        shape = (d_sae, self.rows.shape[1])
+        return {
+            RANDOM: unit_rows(torch.randn(shape, generator=generator(seed, _STREAM))),
+            COVARIANCE: from_covariance(self.rows, d_sae, seed=seed),
+            SHUFFLED: self.shuffled,
+            **self.taught.directions,
+        }
 
 
 @final
@@ -119,13 +143,13 @@ class ConceptsEvaluator:
     """Chooses and scores a latent for every label of one site's documents."""
 
     name = "concepts"
-    version = 1
+    version = 2
 
     def __init__(self, config: ConceptsConfig | None = None, site: str | None = None) -> None:
         """Measure at `site`; by default the store's only one."""
         self.config = config or ConceptsConfig()
         self.site = site
-        self._kept: tuple[Hashable, _Taught] | None = None
+        self._kept: tuple[Hashable, _Ground] | None = None
 
     def __call__(
         self,
@@ -160,16 +184,15 @@ class ConceptsEvaluator:
 
     def _scene(self, dictionary: Dictionary, store: Store, site: str) -> _Scene:
         config = self.config
-        labelled = labelled_documents(
-            store, "halves", at_most=config.documents, per_class=config.per_label
-        )
-        taught = self._taught(store, site, labelled)
-        shape = (dictionary.d_sae, store.width(site))
-        random = unit_rows(torch.randn(shape, generator=generator(config.seed, _STREAM)))
-        directions = {RAW: torch.eye(store.width(site)), RANDOM: random, **taught.directions}
+        labelled = documents_with(
+            config.labels, store, "halves", evaluator=self.name,
+            at_most=config.documents, per_class=config.per_label,
+        )  # fmt: skip
+        ground = self._grounded(store, site, labelled)
+        scored = ground.scored(dictionary.d_sae, config.seed)
+        directions = {RAW: torch.eye(store.width(site)), **scored}
         scorers = {OWN: latents_of(dictionary), RAW: coordinates_of(store.width(site))}
-        for name in (RANDOM, *SUPERVISED):
-            scorers[name] = projections_on(directions[name], taught.mean)
+        scorers |= {arm: projections_on(W, ground.taught.mean) for arm, W in scored.items()}
         if dictionary.d_out == dictionary.d_in:
             directions[OWN] = dictionary.W_dec.detach().float().cpu()
         else:
@@ -180,8 +203,9 @@ class ConceptsEvaluator:
         arms[WORDS] = (pooled_words(shares["choose"]), pooled_words(shares["test"]))
         return _Scene(labelled, choose, test, arms, directions)
 
-    def _taught(self, store: Store, site: str, labelled: Labelled) -> _Taught:
-        """Fit the supervised directions, on the mean activation of each training document."""
+    def _grounded(self, store: Store, site: str, labelled: Labelled) -> _Ground:
+        """Fit the directions of labels, true and shuffled, on the mean activation of each training
+        document; sample rows for the covariance."""
         key = (store.content_hash, site)
         if self._kept is None or self._kept[0] != key:
             part = labelled.parts["train"]
@@ -189,11 +213,12 @@ class ConceptsEvaluator:
             found, seen = pool(
                 store, site, "train", part.documents, scorers, batch=self.config.batch
             )
-            targets, x = seen_only(part, seen, labelled, site).targets, found[RAW].mean
-            fitted: dict[Direction, Tensor] = {
-                name: unit_rows(DIRECTIONS[name](x, targets)) for name in SUPERVISED
-            }
-            self._kept = (key, _Taught(x.double().mean(0), fitted))
+            targets = seen_only(part, seen, labelled, site).targets
+            x, seed = found[RAW].mean, self.config.seed
+            shuffled = [shuffled_labels(x, positive, DRAWS, seed=seed) for positive in targets.T]
+            sample = sample_rows(store, site, "train", _ROWS, batch=_ROWS_READ, seed=seed)
+            rows = torch.cat([batch.x for batch in sample]).float()
+            self._kept = (key, _Ground(Taught.by(x, targets), torch.cat(shuffled), rows))
         return self._kept[1]
 
     def _pooled(
@@ -218,8 +243,9 @@ class ConceptsEvaluator:
         width = scene.arms[arm][0].mean.shape[1]
         places = torch.arange(scores.shape[1]) % max(width, 1)
         varies = (scores != scores[:1]).any(0)
-        if arm in SUPERVISED:
-            allowed = places == torch.arange(width)[:, None]
+        if arm in (SHUFFLED, *SUPERVISED):
+            n = DRAWS if arm == SHUFFLED else 1
+            allowed = places // n == torch.arange(width // n)[:, None]
         else:
             drawn = permutation(width, self.config.seed)[: self.config.candidates]
             allowed = torch.isin(places, drawn).expand(len(scene.labelled.classes), -1)
@@ -247,7 +273,8 @@ class ConceptsEvaluator:
     def _snmf(
         self, scene: _Scene, store: Store, site: str, chosen: Mapping[str, _Choice]
     ) -> Iterator[ResultRow]:
-        """Yield log(mean largest cosine over documents of the label / over the others)."""
+        """Yield log(mean largest cosine over documents of the label / over the others), and how
+        many of them are above 0."""
         scorers = {
             arm: cosines_with(W[chosen[arm].places] * chosen[arm].signs[:, None])
             for arm, W in scene.directions.items()
@@ -261,6 +288,8 @@ class ConceptsEvaluator:
             score = self._measure(lambda w, of=means: log_ratio(of(w)), n)
             naming = self._naming("snmf_score", "", "nats", arm)
             yield from label_rows(naming, score, scene.labelled.classes, n)
+            naming = self._naming("snmf_positive", "", "share of labels", arm)
+            yield from label_rows(naming, score.positive, (), n)
             clamped = means(torch.ones(1, n, dtype=torch.float64)) < FLOOR
             share = float(clamped.double().mean())
             yield self._plain("snmf_clamped", share, "share of means", n, arm)

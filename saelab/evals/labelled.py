@@ -12,14 +12,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.errors import ArtifactError, ConfigError, CorpusError
-from saelab.labels import Labelled, Part
+from saelab.errors import ArtifactError, ConfigError
+from saelab.evals.attributes import check_known
+from saelab.labels import Division, Labelled, documents_of, labelled_documents
 from saelab.metrics.pooling import Pooled, Pooling
+from saelab.ops.linalg import unit_rows
+from saelab.probes import DIRECTIONS, Direction
 from saelab.protocols import Dictionary, Split, Store
 from saelab.stats import ResultRow, bootstrap_weights, standard_error
 
 ALL = "corpus"
 """Arm of the rows that say what was scored."""
+SUPERVISED: tuple[Direction, ...] = ("mean_difference", "linear_probe")
+"""Arms whose columns are the labels' own directions, in the order of the labels."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,39 @@ class Scorer:
 
     width: int
     scores: Callable[[Float[Tensor, "n d"]], Float[Tensor, "n m"]]
+
+
+def documents_with(
+    labels: Sequence[str],
+    store: Store,
+    division: Division,
+    *,
+    evaluator: str,
+    at_most: int,
+    per_class: int,
+) -> Labelled:
+    """Return a store's documents with one of some labels, by default all; others are left out.
+
+    Raises ConfigError for a label on no document, or on fewer than `per_class` of a part, and as
+    `labelled_documents` does.
+    """
+    key, wanted = f"{evaluator}.labels", set(labels)
+    if wanted:
+        check_known(labels, (str(d.label) for d in documents_of(store) if d.label is not None), key)
+    found = labelled_documents(
+        store,
+        division,
+        at_most=at_most,
+        per_class=per_class,
+        label_of=lambda d: d.label if not wanted or str(d.label) in wanted else None,
+    )
+    rare = wanted - set(found.classes)
+    if rare:
+        raise ConfigError(
+            f"{key}: {', '.join(sorted(rare))} have fewer than {per_class} documents in a part: "
+            f"take more text, other labels, or a smaller {evaluator}.per_label"
+        )
+    return found
 
 
 def latents_of(dictionary: Dictionary) -> Scorer:
@@ -53,6 +91,27 @@ def cosines_with(directions: Float[Tensor, "m d"]) -> Scorer:
     """Return cosines of activations with directions; 0 where either has no length."""
     U = torch.nn.functional.normalize(directions.float(), dim=1)
     return Scorer(len(U), lambda x: torch.nn.functional.normalize(x.float(), dim=1) @ U.T)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What labels alone give: a unit direction of each, by each method."""
+
+    mean: Float[Tensor, " d"]
+    """Of the documents, float64: what projections are measured from."""
+    directions: Mapping[Direction, Float[Tensor, "classes d"]]
+
+    @staticmethod
+    def by(x: Float[Tensor, "n d"], targets: Bool[Tensor, "n classes"]) -> "Taught":
+        """Return the directions of training documents, whose mean activations are `x`."""
+        found: dict[Direction, Tensor] = {
+            method: unit_rows(DIRECTIONS[method](x, targets)) for method in SUPERVISED
+        }
+        return Taught(x.double().mean(0), found)
+
+    def scorers(self) -> dict[str, Scorer]:
+        """Return the projections on each method's directions."""
+        return {method: projections_on(W, self.mean) for method, W in self.directions.items()}
 
 
 def checked_site(dictionary: Dictionary, store: Store, site: str | None) -> str:
@@ -115,18 +174,6 @@ def pool(
     return {name: found.compute() for name, found in pools.items()}, counted.seen
 
 
-def seen_only(part: Part, seen: Bool[Tensor, " n"], labelled: Labelled, site: str) -> Part:
-    """Return the documents that have rows. Raises CorpusError if a label is left with none."""
-    kept = part.where(seen)
-    for name, n in zip(labelled.classes, kept.targets.sum(0).tolist(), strict=True):
-        if n == 0:
-            raise CorpusError(
-                f"no document with the label {name!r} keeps a row at {site} in one of the parts: "
-                "the site's mask leaves them out; take more text, or a larger per_label."
-            )
-    return kept
-
-
 # --------------------------------------------------------------------------------------------- rows
 
 
@@ -141,6 +188,13 @@ class Measured:
     def mean(self) -> "Measured":
         """The mean over labels, as if it were a label."""
         return Measured(self.values.mean()[None], self.replicates.nanmean(1, keepdim=True))
+
+    @property
+    def positive(self) -> "Measured":
+        """1 where it is above 0, else 0; NaN where a resample says nothing."""
+        drawn = self.replicates
+        above = (drawn > 0).to(drawn).masked_fill(drawn.isnan(), float("nan"))
+        return Measured((self.values > 0).to(self.values), above)
 
     def split(self, width: int) -> list["Measured"]:
         """Return the metrics of so many labels each that stand in it side by side."""

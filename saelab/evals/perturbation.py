@@ -28,8 +28,8 @@ from torch import Tensor
 from saelab.config import Config
 from saelab.errors import ArtifactError, ConfigError
 from saelab.evals.controls import fit_pca
-from saelab.evals.labelled import rows_of, seen_only
-from saelab.labels import Labelled, Part
+from saelab.evals.labelled import rows_of
+from saelab.labels import Labelled, Part, seen_only
 from saelab.metrics.pooling import HalfPooling
 from saelab.ops.shuffle import generator, permutation
 from saelab.probes import mean_difference

@@ -9,25 +9,28 @@ from dataclasses import dataclass
 from typing import Annotated, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from saelab.config import Config
 from saelab.evals.labelled import (
+    SUPERVISED,
     Measured,
     Naming,
+    Scorer,
+    Taught,
     checked_site,
     coordinates_of,
     count_rows,
     difference_row,
+    documents_with,
     label_rows,
     latents_of,
     measure,
     pool,
-    seen_only,
 )
-from saelab.labels import Labelled, Part, labelled_documents, word_shares
+from saelab.labels import Labelled, Part, seen_only, word_shares
 from saelab.metrics.pooling import Pool, Pooled, Sides, pooled_words
 from saelab.probes import Rule, fit_probe, ranked_columns
 from saelab.protocols import Dictionary, LanguageModel, Split, Store
@@ -39,6 +42,9 @@ OWN, RAW, WORDS = "dictionary", "raw", "bag_of_words"
 class ProbingConfig(Config):
     """Which documents and probes; every arm is treated alike."""
 
+    labels: tuple[str, ...] = ()
+    """Labels to tell apart, two or more; documents of others are left out. By default all that are
+    frequent enough."""
     ks: tuple[PositiveInt, ...] = (1, 2, 5, 20)
     """Numbers of latents that a probe may use."""
     pools: tuple[Pool, ...] = ("max", "mean")
@@ -94,7 +100,7 @@ class ProbingEvaluator:
     """
 
     name = "probing"
-    version = 1
+    version = 2
 
     def __init__(self, config: ProbingConfig | None = None, site: str | None = None) -> None:
         """Measure at `site`; by default the store's only one."""
@@ -118,7 +124,7 @@ class ProbingEvaluator:
         known = self._kept[1] if self._kept is not None and self._kept[0] == key else None
         scene = self._scene(dictionary, store, site, with_others=known is None)
         if known is None:
-            known = [o for arm in (RAW, WORDS) for o in self._outcomes(scene, arm)]
+            known = [o for arm in scene.arms if arm != OWN for o in self._outcomes(scene, arm)]
             self._kept = (key, known)
         own = list(self._outcomes(scene, OWN))
         n = len(scene.test.documents)
@@ -132,42 +138,56 @@ class ProbingEvaluator:
     def _scene(
         self, dictionary: Dictionary, store: Store, site: str, *, with_others: bool
     ) -> _Scene:
-        """Pool every arm's scores, in one pass over each split."""
+        """Pool every arm's scores, in one pass over each split, and in a second one those of the
+        directions that the first pass teaches."""
         config = self.config
-        labelled = labelled_documents(
-            store, "split", at_most=config.documents, per_class=config.per_label
-        )
+        labelled = documents_with(
+            config.labels, store, "split", evaluator=self.name,
+            at_most=config.documents, per_class=config.per_label,
+        )  # fmt: skip
         scorers = {OWN: latents_of(dictionary)}
         if with_others:
             scorers[RAW] = coordinates_of(store.width(site))
+        arms, train, test = self._pooled(store, site, labelled, scorers)
+        if with_others:
+            taught = Taught.by(arms[RAW][0].mean, train.targets)
+            arms |= self._pooled(store, site, labelled, taught.scorers())[0]
+            _, shares = word_shares({"train": train.texts, "test": test.texts}, config.words)
+            arms[WORDS] = (pooled_words(shares["train"]), pooled_words(shares["test"]))
+        return _Scene(labelled, train, test, arms)
+
+    def _pooled(
+        self, store: Store, site: str, labelled: Labelled, scorers: Mapping[str, Scorer]
+    ) -> tuple[dict[str, tuple[Pooled, Pooled]], Part, Part]:
+        """Return the scores of both splits' documents, and the documents that have rows."""
         parts: list[Part] = []
         pooled: list[dict[str, Pooled]] = []
         splits: dict[str, Split] = {"train": "train", "test": "heldout"}
         for name, split in splits.items():
             part = labelled.parts[name]
-            found, seen = pool(store, site, split, part.documents, scorers, batch=config.batch)
+            found, seen = pool(store, site, split, part.documents, scorers, batch=self.config.batch)
             parts.append(seen_only(part, seen, labelled, site))
             pooled.append(found)
-        arms = {name: (pooled[0][name], pooled[1][name]) for name in scorers}
         train, test = parts
-        if with_others:
-            _, shares = word_shares({"train": train.texts, "test": test.texts}, config.words)
-            arms[WORDS] = (pooled_words(shares["train"]), pooled_words(shares["test"]))
-        return _Scene(labelled, train, test, arms)
+        return {name: (pooled[0][name], pooled[1][name]) for name in scorers}, train, test
 
     # ------------------------------------------------------------------------------------- probes
 
     def _outcomes(self, scene: _Scene, arm: str) -> Iterator[_Outcome]:
-        """Yield what probes on an arm say; of arms that are no dictionary, also on all columns."""
+        """Yield what probes on an arm say.
+
+        Those on a label's own direction have no other column. Those on coordinates or words may
+        also have all.
+        """
         config = self.config
         train, test = scene.arms[arm]
         for how in config.pools:
             fit, report = (p.columns(how, config.sides, opposite=False) for p in (train, test))
             kinds: list[int | None] = [*config.ks, *(() if arm == OWN else (None,))]
+            if arm in SUPERVISED:
+                kinds = [1]
             scores = {k: torch.zeros(scene.test.targets.shape).double() for k in kinds}
-            orders = ranked_columns(
-                fit, scene.train.targets, rule=config.select, two_sided=config.sides == "two"
-            )
+            orders = self._orders(fit, scene.train, arm)
             for place, positive in enumerate(scene.train.targets.T):
                 for k in kinds:
                     columns = None if k is None else orders[place][:k]
@@ -176,6 +196,15 @@ class ProbingEvaluator:
             for k, found in scores.items():
                 kind = f"{'all' if k is None else f'k={k}'},{how}"
                 yield _Outcome(arm, kind, self._metrics(found, scene.test.targets))
+
+    def _orders(
+        self, features: Float[Tensor, "n columns"], train: Part, arm: str
+    ) -> list[Int[Tensor, " ranked"]]:
+        """Return each label's columns, the best first."""
+        if arm in SUPERVISED:
+            return list(torch.arange(train.targets.shape[1])[:, None])
+        two_sided = self.config.sides == "two"
+        return ranked_columns(features, train.targets, rule=self.config.select, two_sided=two_sided)
 
     def _metrics(
         self, scores: Float[Tensor, "n classes"], targets: Bool[Tensor, "n classes"]
@@ -202,8 +231,10 @@ class ProbingEvaluator:
         """Yield the dictionary's lead over each other arm with as many columns, paired."""
         by_kind = {(outcome.arm, outcome.kind): outcome for outcome in others}
         for outcome in own:
-            for arm in (RAW, WORDS):
-                beside = by_kind[arm, outcome.kind]
+            for arm in (RAW, WORDS, *SUPERVISED):
+                beside = by_kind.get((arm, outcome.kind))
+                if beside is None:  # a label has one direction of its own
+                    continue
                 for metric, measured in outcome.metrics.items():
                     naming = self._naming(f"{metric}_over({arm})", outcome)
                     yield difference_row(naming, measured, beside.metrics[metric], n)

@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.errors import ConfigError
-from saelab.evals.attributes import check_known
 from saelab.evals.labelled import (
     Measured,
     Naming,
     checked_site,
     count_rows,
     difference_row,
+    documents_with,
     label_rows,
     measure,
 )
@@ -50,7 +50,7 @@ from saelab.evals.perturbation import (
     scene_of,
     strongest,
 )
-from saelab.labels import Labelled, documents_of, labelled_documents
+from saelab.labels import Labelled
 from saelab.ops.shuffle import permutation
 from saelab.probes import fit_probe, mean_difference
 from saelab.protocols import Dictionary, LanguageModel, Store
@@ -171,24 +171,16 @@ class TppEvaluator:
         return self._kept[1], self._kept[2]
 
     def _labelled(self, store: Store) -> Labelled:
-        config, wanted = self.config, set(self.config.labels)
-        if wanted:
-            known = (str(d.label) for d in documents_of(store) if d.label is not None)
-            check_known(config.labels, known, f"{self.name}.labels")
-        labelled = labelled_documents(
-            store,
-            "split",
-            at_most=config.documents,
-            per_class=config.per_label,
-            label_of=lambda d: d.label if not wanted or str(d.label) in wanted else None,
-        )
-        rare = wanted - set(labelled.classes)
-        if rare or len(labelled.classes) < _FEWEST:
-            few = f"{', '.join(sorted(rare))} have fewer" if rare else "only two have as many"
+        config = self.config
+        labelled = documents_with(
+            config.labels, store, "split", evaluator=self.name,
+            at_most=config.documents, per_class=config.per_label,
+        )  # fmt: skip
+        if len(labelled.classes) < _FEWEST:
             raise ConfigError(
                 f"tpp needs three labels or more with {config.per_label} documents in each split "
-                f"(the probes of two are each other's opposite, and fall alike), but {few}: take "
-                "more text, other labels, or a smaller tpp.per_label"
+                "(the probes of two are each other's opposite, and fall alike), but only two have "
+                "as many: take more text, other labels, or a smaller tpp.per_label"
             )
         return labelled
 

@@ -55,7 +55,8 @@ class CorpusConfig(Config):
     """Column whose value is kept with each document."""
     split_field: str | None = None
     """Column whose values are held out as a whole, such as the thread or the film that a text is
-    about; by default each text by itself."""
+    about; by default each text by itself. `thread` of `20newsgroups`: the first two words of the
+    subject that a post begins with."""
     sample_by: SampleBy = "file"
     """What a document is in plain text files."""
     split: str = "train"
@@ -118,6 +119,8 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
     del fields["streaming"]
     if config.split_field is None:  # it came later: older stores keep their keys
         del fields["split_field"]
+    else:
+        fields["keeps"] = "split_hash"  # stores of before do not
     return fields | {"checksum": checksum(config.source)}
 
 
@@ -219,9 +222,11 @@ def _documents(config: CorpusConfig, report: CorpusReport) -> Iterator[Document]
             report.duplicates += 1
             continue
         seen.add(sha.digest()[:16])
-        group = hashlib.sha256(str(record.group).encode()) if config.split_field else sha
-        heldout = is_heldout(group.hexdigest(), config.holdout)
-        yield Document(-1, sha.hexdigest(), heldout, record.text, record.label)
+        found = Document(-1, sha.hexdigest(), False, record.text, record.label)
+        if config.split_field:
+            whole = hashlib.sha256(str(record.group).encode()).hexdigest()
+            found = replace(found, split_hash=whole)
+        yield replace(found, heldout=is_heldout(found.decisive_hash, config.holdout))
 
 
 def _hash(record: Record) -> Any:

@@ -26,7 +26,7 @@ from saelab import assets
 from saelab.artifacts import write_json
 from saelab.config import digest
 from saelab.errors import CorpusError, nearest
-from saelab.harvest import rated, toytext
+from saelab.harvest import newsgroups, rated, toytext
 
 _log = logging.getLogger(__name__)
 
@@ -231,14 +231,16 @@ def _table_records(rows: Any, entry: _Entry, request: Request) -> Iterator[Recor
     if entry.suffix == ".tab":  # Orange: the second line holds types, the third roles
         next(rows, None), next(rows, None)
     text = columns.index(_text_column(columns, columns, request, entry.name))
+    threads = newsgroups.has_threads(request.source, request.split_field)
     label, group = (
         columns.index(_known(field, columns, entry.name)) if field else None
-        for field in (request.label_field, request.split_field)
+        for field in (request.label_field, None if threads else request.split_field)
     )
     for row in rows:
         if len(row) > max(text, label or 0, group or 0):
-            own = (None if place is None else row[place] for place in (label, group))
-            yield Record(row[text], next(own), f"{entry.name}, line {rows.line_num}", next(own))
+            own, whole = (None if place is None else row[place] for place in (label, group))
+            whole = newsgroups.thread_of(row[text]) if threads else whole
+            yield Record(row[text], own, f"{entry.name}, line {rows.line_num}", whole)
 
 
 def _text_column(columns: list[str], textual: list[str], request: Request, name: str) -> str:

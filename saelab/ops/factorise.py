@@ -131,6 +131,11 @@ class Whole:
         return self.factors.loss / self.spread
 
     @property
+    def is_settled(self) -> bool:
+        """Whether `loss` can be held against that of other updates: it is of all rows."""
+        return True
+
+    @property
     def features(self) -> Tensor:
         """The features that `loss` is of."""
         return self.factors.features
@@ -190,6 +195,11 @@ class Minibatched:
     def loss(self) -> float:
         """Mean of the last batches' losses."""
         return float(self.recent[: max(self.step, 1)].mean())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `loss` can be held against that of other updates: it is of `RECENT` batches."""
+        return self.step >= RECENT
 
     def codes(self) -> Float[Tensor, "k batch"]:
         """Return the last batch's codes, in the unit of unit-norm features."""

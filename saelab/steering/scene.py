@@ -14,9 +14,9 @@ from torch import Tensor
 from saelab.config import Config
 from saelab.edits import Directions, Handle
 from saelab.errors import ConfigError
-from saelab.evals.labelled import checked_site, coordinates_of, latents_of, pool, seen_only
+from saelab.evals.labelled import checked_site, coordinates_of, latents_of, pool
 from saelab.evals.sample import sample_rows
-from saelab.labels import Labelled, Part, labelled_documents
+from saelab.labels import Labelled, Part, labelled_documents, seen_only
 from saelab.metrics.pooling import Pooled
 from saelab.protocols import Dictionary, LanguageModel, Store
 from saelab.steering import baselines

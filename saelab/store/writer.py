@@ -216,6 +216,8 @@ def _lines(documents: tuple[Document, ...]) -> bytes:
         data = asdict(document) | {"document": document.number}
         data["group"] = document.number if document.group is None else document.group
         del data["number"]
+        if document.split_hash is None:  # it came later: other stores keep their bytes
+            del data["split_hash"]
         lines.append(json.dumps(data, sort_keys=True, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 

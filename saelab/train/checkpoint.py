@@ -30,7 +30,9 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # copies: a mapped tensor lies where the header ends, and products of tensors that are
+            # aligned otherwise differ in their last bits
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             state = json.loads((file.metadata() or {})["state"])
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ArtifactError(

@@ -24,6 +24,7 @@ from saelab.ops.select import tally
 from saelab.protocols import GradientTrained, Solved, Store, Streamed
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import GradientTrainer, input_scale
+from saelab.train.journal import times
 from saelab.train.solve import Solver, solve
 from saelab.train.streaming import StreamTrainer
 from saelab.train.wandb_log import WandbLog
@@ -201,8 +202,11 @@ class Sweep:
                 except NonFiniteError as error:
                     self.stop(place, trainer, error)
                     continue
-                times = {"step_seconds": round(self.clock.members[place], 3)}
-                provenance = {"resumed_at": trainer.resumed_at, **times, **self.clock.summary()}
+                spent = times(
+                    steps=trainer.done, resumed_at=trainer.resumed_at,
+                    init_seconds=trainer.init_seconds, step_seconds=self.clock.members[place],
+                )  # fmt: skip
+                provenance = spent | self.clock.summary()
                 del trainer  # its optimiser's memory is free before the next one finishes
                 yield place, replace(fitted, provenance=provenance)
 

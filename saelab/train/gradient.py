@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab.clock import now
 from saelab.errors import NonFiniteError, ShapeError
 from saelab.protocols import Loss, Store
 from saelab.train import checkpoint, resample, schedules
@@ -64,6 +65,8 @@ class GradientTrainer:
         self.n_revived = 0
         """Dead latents resampled since the last line of metrics."""
         self.resumed_at = 0
+        self.init_seconds: float | None = 0.0
+        """Spent in `init_`; None where the checkpoint does not say."""
         self.journal = Journal(member.draft)
 
     # ------------------------------------------------------------------------------------- steps
@@ -80,7 +83,9 @@ class GradientTrainer:
 
     def init_(self, sample: Tensor) -> None:
         """Initialise the weights from a sample of scaled activations."""
+        started = now()
         self.dictionary.init_(sample, self.generator)
+        self.init_seconds = now() - started
 
     def step(self, batch: Batch) -> bool:
         """Take one step on a scaled batch; return whether a line of metrics was written."""
@@ -181,6 +186,7 @@ class GradientTrainer:
         tensors |= {f"adam.{i}.{name}": t for i, s in adam.items() for name, t in s.items()}
         tensors |= {"silent": self.silent, "generator": self.generator.get_state()}
         state = {"step": self.done, "n_revived": self.n_revived, **machine()}
+        state["init_seconds"] = self.init_seconds
         checkpoint.write(self.member.draft.scratch, tensors, state)
 
     def discard(self) -> None:
@@ -198,6 +204,7 @@ class GradientTrainer:
             self._restore(tensors)
             self.done = self.resumed_at = state["step"]
             self.n_revived = state.get("n_revived", 0)
+            self.init_seconds = state.get("init_seconds")
             compare_machine(self.member.name, state)
         self.journal.cut(self.done)
 

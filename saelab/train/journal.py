@@ -57,6 +57,22 @@ def compare_machine(member: str, state: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
+def times(
+    *, steps: int, resumed_at: int, init_seconds: float | None, step_seconds: float
+) -> dict[str, Any]:
+    """Return how a member's training went, for `run.json`.
+
+    `steps` is how many steps or iterations it took in all, `step_seconds` the time of those since
+    step `resumed_at`; `init_seconds` that of its initialisation, None where it was not kept.
+    """
+    return {
+        "resumed_at": resumed_at,
+        "steps_taken": steps,
+        "init_seconds": None if init_seconds is None else round(init_seconds, 3),
+        "step_seconds": round(step_seconds, 3),
+    }
+
+
 def hand_over(member: Member, trained: Dictionary, scale: float) -> dict[str, Any]:
     """Save a finished, folded dictionary into the member's draft; return the facts of any kind."""
     if member.draft is not None:

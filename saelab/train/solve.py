@@ -23,7 +23,7 @@ from saelab.protocols import SiteStats, Store
 from saelab.train import checkpoint
 from saelab.train.config import Fitted, Member, TrainConfig
 from saelab.train.gradient import input_scale
-from saelab.train.journal import Journal, compare_machine, hand_over, machine
+from saelab.train.journal import Journal, compare_machine, hand_over, machine, times
 from saelab.train.trainee import Solvable, SolverState
 from saelab.types import Batch
 
@@ -102,6 +102,8 @@ class Solver:
         self.done = 0
         """Iterations taken."""
         self.resumed_at = 0
+        self.init_seconds: float | None = 0.0
+        """Spent in `start`, reading included; None where the checkpoint does not say."""
         self.seconds = 0.0
         """Spent in iterations since it was resumed."""
 
@@ -116,11 +118,14 @@ class Solver:
         found = None if draft is None else checkpoint.read(draft.scratch)
         if found is None:
             generator = torch.Generator().manual_seed(self.member.seed)
+            started = now()
             self.state = self.dictionary.start(self.view, generator)
+            self.init_seconds = now() - started
         else:
             tensors, state = found
             self.state = self.dictionary.restore(self.view, tensors)
             self.done = self.resumed_at = state["step"]
+            self.init_seconds = state.get("init_seconds")
             compare_machine(self.member.name, state)
         self.journal.cut(self.done)
 
@@ -144,7 +149,7 @@ class Solver:
     def checkpoint(self) -> None:
         """Write the state between two iterations; nothing without a draft."""
         if self.member.draft is not None and self.state is not None:
-            kept = {"step": self.done, **machine()}
+            kept = {"step": self.done, "init_seconds": self.init_seconds, **machine()}
             checkpoint.write(self.member.draft.scratch, self.state.tensors(), kept)
 
     def discard(self) -> None:
@@ -162,11 +167,11 @@ class Solver:
             "iterations": self.done,
             **{f"last_{key}": last[key] for key in ("loss", "l0", "dead") if key in last},
         }
-        provenance = {
-            "resumed_at": self.resumed_at,
-            "step_seconds": round(self.seconds, 3),
-            "kernels": kernels.name(),
-        }
+        spent = times(
+            steps=self.done, resumed_at=self.resumed_at, init_seconds=self.init_seconds,
+            step_seconds=self.seconds,
+        )  # fmt: skip
+        provenance = spent | {"kernels": kernels.name()}
         return Fitted(self.member.name, trained, self.journal.lines, facts, provenance)
 
     def info(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from saelab.clock import now
 from saelab.errors import ArtifactError, ConfigError, NonFiniteError, ShapeError
 from saelab.protocols import Dictionary, Intake, Store
 from saelab.train import checkpoint
@@ -62,6 +63,8 @@ class StreamTrainer:
         self.done = 0
         """Batches taken in."""
         self.resumed_at = 0
+        self.init_seconds: float | None = 0.0
+        """Spent in `init_`; None where the checkpoint does not say."""
         self.seen = 0
         """Rows looked at in all."""
         self.since = Intake(0, 0, 0.0)
@@ -83,7 +86,9 @@ class StreamTrainer:
         site, config = self.member.site, self.config
         mean = (self.store.stats(site).mean * self.scale).to(self.device, torch.float32)
         n_rows = min(config.steps * config.batch, self.store.n_kept(site, "train"))
+        started = now()
         self.dictionary.begin_(mean, sample, n_rows)
+        self.init_seconds = now() - started
 
     def step(self, batch: Batch) -> bool:
         """Take in a scaled batch; return whether a line of metrics was written."""
@@ -124,6 +129,7 @@ class StreamTrainer:
             return
         since = [self.since.seen, self.since.failed, self.since.error]
         state = {"step": self.done, "seen": self.seen, "since": since, **machine()}
+        state["init_seconds"] = self.init_seconds
         checkpoint.write(self.member.draft.scratch, self.dictionary.state_dict(), state)
 
     def discard(self) -> None:
@@ -142,6 +148,7 @@ class StreamTrainer:
             self.dictionary.load_tensors_(here, f"the checkpoint of {self.member.name}")
             self.done = self.resumed_at = state["step"]
             self.seen, self.since = state["seen"], Intake(*state["since"])
+            self.init_seconds = state.get("init_seconds")
             compare_machine(self.member.name, state)
         self.journal.cut(self.done)
 

@@ -1,6 +1,7 @@
 """A run whose documents have labels, scored by the evaluators of labels, on the toy model."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -86,10 +87,24 @@ def test_the_table_of_labels_pairs_every_row_with_one_member(results):
     labelled.main([str(results[1]), "--against", "abs_topk"], said.append)
     text = "".join(said)
     assert "4 labels, " in text
-    rows = {line.split(" | ")[0].strip("| *"): line for line in text.splitlines() if "|" in line}
-    assert "<br>" not in rows["toy-abs_topk-24-4"]
-    for name in ("toy-topk-48-4", "toy-supervised-4", "bag_of_words", "raw", "linear_probe"):
-        assert "<br>" in rows[name]
+    titles = re.findall(r"^### (.*)$", text, re.MULTILINE)
+    assert titles == [
+        "A single latent",
+        "Probes on each latent's largest value in a document",
+        "Probes on each latent's mean over a document",
+        "What ablating latents does",
+    ]
+    latent, largest, mean, ablating = (
+        {line.split(" | ")[0].strip("| *"): line for line in part.splitlines() if "|" in line}
+        for part in text.split("\n### ")[1:]
+    )
+    for table in (latent, largest, mean, ablating):
+        assert "<br>" not in table["toy-abs_topk-24-4"]
+        for name in ("toy-topk-48-4", "toy-supervised-4", "raw", "linear_probe"):
+            assert "<br>" in table[name]
+    assert "bag_of_words" in mean and "bag_of_words" not in ablating
+    assert latent[""].endswith("| SNMF score | above 0 | clamped | candidates |")
+    assert latent["mean_difference"].endswith("| 2 |")
     with pytest.raises(ConfigError, match="--against top: no member of this run; did you mean"):
         labelled.main([str(results[1]), "--against", "top"])
 

@@ -10,6 +10,7 @@ from saelab.train.fit import Member, TrainConfig, fit
 from saelab.types import Batch
 
 D = 6
+SIZES = {"d_in": D, "d_sae": 12, "k": 2}
 
 
 def batch_of(x, first=0):
@@ -44,6 +45,16 @@ def test_the_first_rows_are_kept_in_order_with_their_place(center):
     torch.testing.assert_close(d.W_dec.data, kept / kept.norm(dim=1, keepdim=True))
     assert d.rows.tolist() == [100, 102, 103, 104]
     assert d.documents.tolist() == [12, 12, 12, 13]
+
+
+def test_fewer_rows_than_atoms_is_an_error_before_the_first_batch():
+    begun("random_rows", drawn(4))
+    with pytest.raises(ConfigError, match="4 atoms are wanted of 3 rows"):
+        begun("random_rows", drawn(3))
+    store = ArrayStore({"site": drawn(16 * 20)})
+    short = Member("m", dictionaries.create({"type": "random_rows", **SIZES, "d_sae": 40}), "site")
+    with pytest.raises(ConfigError, match="40 atoms are wanted of 32 rows"):
+        fit([short], store, TrainConfig(batch=16, tokens=32))
 
 
 def test_a_kept_row_is_reconstructed_by_itself():
@@ -97,6 +108,17 @@ def test_a_centre_without_rows_stays_where_it_began():
     assert d.counts.tolist() == [3, 3, 3, 0]
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_a_row_without_length_has_no_error(center):
+    x = drawn(8)
+    x = torch.cat([x, begun("k_means", x, center=center).b_dec.data[None]])
+    errors = []
+    for n in (9, 8):
+        d = begun("k_means", drawn(8), center=center)
+        errors.append(d.partial_fit(batch_of(x[:n])).error)
+    assert errors[0] == errors[1] > 0
+
+
 def test_fewer_rows_than_centres_is_an_error():
     with pytest.raises(ConfigError, match="4 centres start from as many rows, but the sample hold"):
         begun("k_means", drawn(3))
@@ -106,8 +128,7 @@ def test_fewer_rows_than_centres_is_an_error():
 
 
 def member(name, config, tokens=None):
-    d_in = {"d_in": D, "d_sae": 12, "k": 2}
-    return Member(name, dictionaries.create(config | d_in), "site", tokens=tokens)
+    return Member(name, dictionaries.create(config | SIZES), "site", tokens=tokens)
 
 
 @pytest.mark.parametrize("type_name", ["topk", "k_means"])

@@ -248,6 +248,27 @@ def test_minibatches_come_near_what_all_rows_at_once_give():
     assert ((batched.dictionary.W_dec != 0).sum(1) <= 12).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n_batches", [5, 40])
+def test_an_easy_first_batch_does_not_decide_which_features_are_kept(n_batches):
+    first, planted = (sparse_features(4, 12, 0.4, seed).float() for seed in (0, 9))
+    easy = [uniform(30, 4, dtype=torch.float32) @ first]
+    others = [uniform(30, 4, seed=s, dtype=torch.float32) @ planted for s in range(1, n_batches)]
+    fields = {"type": "semi_nmf", "d_in": 12, "d_sae": 4, "keep": 1.0, "iterations": n_batches}
+    dictionary, (store, _) = create(fields), neurons(n=9)
+    part = factorise.Minibatched.of(iter(easy + others), 30, first, variance=1.0)
+    state, losses = State(part, torch.zeros(2, dtype=torch.int64)), []
+    while not state.done:
+        state = dictionary.advance(store, state)
+        losses.append(state.loss)
+    assert losses[0] < 1e-6 < losses[-1] < losses[1]
+    if n_batches < factorise.RECENT:
+        assert torch.equal(state.best, state.part.features)
+    else:
+        assert state.best_loss == min(losses[factorise.RECENT - 1 :])
+    assert not torch.equal(state.best, first)
+
+
 # ---------------------------------------------------------------------------------------- hierarchy
 
 

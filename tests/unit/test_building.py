@@ -1,5 +1,7 @@
 """The table of dictionaries built from activations: which rows it has, and what stands in them."""
 
+import re
+
 import pytest
 from fabricated import member, row, scores, store
 from saelab_experiments import building
@@ -17,7 +19,8 @@ def of(l0, fvu, pursued=None):
 
 def board(tmp_path):
     kept = store(tmp_path)
-    member(tmp_path, kept, "a", of(30, 0.4, 0.4), type="itda", k=32, center=True)
+    went = {"resumed_at": 0, "steps_taken": 100, "init_seconds": 3.0, "step_seconds": 5.0}
+    member(tmp_path, kept, "a", of(30, 0.4, 0.4), type="itda", k=32, center=True, run=went)
     member(tmp_path, kept, "b", of(40, 0.2, 0.2), type="itda", k=40, center=True)
     member(tmp_path, kept, "c", of(32, 0.5, 0.3), type="topk", k=32)
     [found] = leaderboard.boards(leaderboard.scored(tmp_path), "fvu")
@@ -35,9 +38,30 @@ def test_seconds_with_harvest_count_different_tokens_once(tmp_path):
     rows = building.rows_of(board(tmp_path), 32)
     _, _, itda, topk, pursued = building.table(rows, 32, 600, 0.01, [1.0, 2.0, 3.0])
     assert "| 1,000 | 600 |" in itda
-    assert itda.endswith("| 5.0 | 11.0 | 1.0 |")
+    assert itda.endswith("| 3.0 | 8.0 | 14.0 | 1.0 |")
+    assert topk.endswith("|  | 5.0 | 11.0 | 2.0 |")
     assert "| 0.50" in topk
     assert "| 0.30" in pursued
+
+
+def test_a_member_that_was_full_early_is_charged_for_what_it_saw(tmp_path):
+    kept = store(tmp_path)
+    made = {"tokens_seen": 100, "full": True}
+    member(tmp_path, kept, "a", of(30, 0.4), type="random_rows", k=32, made=made)
+    short = {"tokens_seen": 1000, "full": False, "d_sae": 50}
+    member(tmp_path, kept, "b", of(30, 0.4), type="itda", k=32, made=short)
+    member(tmp_path, kept, "c", of(33, 0.3), type="itda", k=40, made=short | {"d_sae": 64})
+    for seed, made in enumerate([{"tokens_seen": 1000, "full": False}, {}]):  # k-means; TopK
+        member(tmp_path, kept, f"d{seed}", of(32, 0.4), type=f"d{seed}", made=made)
+    [found] = leaderboard.boards(leaderboard.scored(tmp_path), "fvu")
+    rows = building.rows_of(found, 32)
+    head, _, kmeans, topk, itda, random = building.table(rows, 32, 600, 0.01, [1.0] * 4)
+    assert "| tokens | unique | atoms |" in head
+    assert "| **random_rows** | 1,000 | 100 | 64 |" in random
+    assert random.endswith("| 5.0 | 6.0 | 1.0 |")
+    assert "| **itda** | 1,000 | 600 | 50–64 ‡ |" in itda
+    assert "| **d0** | 1,000 | 600 | 64 |" in kmeans
+    assert "| **d1** | 1,000 | 600 | 64 |" in topk
 
 
 def test_the_page_of_a_run_on_planted_rows(tmp_path):
@@ -58,10 +82,12 @@ def test_the_page_of_a_run_on_planted_rows(tmp_path):
     said: list[str] = []
     building.main([str(tmp_path / "out"), "--l0", "3", "--rounds", "1"], said.append)
     text = "".join(said)
-    for name in ("itda", "k_means", "topk"):
-        assert f"| **{name}, tokens 256** | 256 | 256 | 0." in text
-    assert "| **random_rows** |" in text  # the same rows are kept, however many come after
-    assert "| **topk, tokens 512, decoder with pursuit** | 512 | 512 |" in text
+    assert re.search(r"\*\*itda, tokens 256\*\* \| 256 \| \d+ \| \d+", text)
+    for name in ("k_means", "topk"):
+        assert f"| **{name}, tokens 256** | 256 | 256 | 16" in text
+    assert "| **topk, tokens 512, decoder with pursuit** | 512 | 512 | 16 |" in text
+    random = "|".join(re.findall(r"\*\*random_rows\*\*[^.]*", text))
+    assert "| 64 | 16 |" in random  # full after a batch, however many may come
 
 
 def test_a_folder_without_scores_is_an_error(tmp_path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from fabricated import member, row, scores, store
-from saelab_experiments import curves, plots
+from saelab_experiments import curves, labelled, plots
 from saelab_experiments.lines import Line, Point, Score, at, controls, lead, lines_of, weights
 
 from saelab import artifacts, pipeline
@@ -167,6 +167,18 @@ def test_seconds_are_of_all_steps_even_if_the_run_was_resumed_half_way(board):
     assert seconds == {"gated": 5.0, "topk, d_sae 64": 5.0, "topk, d_sae 128": 10.0}
 
 
+def test_seconds_scale_by_the_steps_that_were_taken_and_hold_the_beginning(tmp_path):
+    kept = store(tmp_path)
+    went = {"resumed_at": 6, "steps_taken": 8, "init_seconds": 2.0, "step_seconds": 1.0}
+    member(tmp_path, kept, "full", scores(31.5, 0.3), run=went)
+    older = went | {"init_seconds": None}
+    member(tmp_path, kept, "older", scores(31.5, 0.3), seed=1, run=older)
+    ended = went | {"resumed_at": 8, "step_seconds": 0.0}
+    member(tmp_path, kept, "ended", scores(31.5, 0.3), seed=2, run=ended)
+    [line] = lines_of(curves.read(tmp_path)[0])
+    assert [(p.init_seconds, p.seconds) for p in line.points] == [(2, 6), (None, 4), (2, None)]
+
+
 def test_two_members_at_one_place_and_a_missing_dictionary_are_refused(tmp_path):
     kept = store(tmp_path)
     path = member(tmp_path, kept, "a", scores(32, 0.1))
@@ -272,3 +284,30 @@ def test_a_real_run_has_lines_seconds_of_each_member_and_a_figure(tmp_path, monk
     assert "| random_atoms(n=12) |" in text
     assert "†" not in text.split("### Every member")[0].split("**topk**")[1].splitlines()[0]
     assert (tmp_path / "f-synthetic.svg").stat().st_size > 1000
+
+
+def test_codes_that_are_not_k_sparse_have_a_block_of_their_own(tmp_path):
+    kept = store(tmp_path)
+    for k in (16, 64):
+        member(tmp_path, kept, f"topk-{k}", scores(k, 4 / k), k=k)
+    member(tmp_path, kept, "snmf", scores(32, 0.01), type="semi_nmf", k=None)
+    [board] = curves.read(tmp_path)
+    text = curves.page([board], 32, [], "made")
+    table, apart = text.split("### Codes that are not k-sparse")
+    assert "semi_nmf" not in table
+    assert "− best" in table
+    assert "| **semi_nmf** | 1 | 0.010 ± 0.010 |" in apart.split("### Every member")[0]
+    assert "− best" not in apart
+    [only] = curves.read(tmp_path)
+    alone = curves.page([[s for s in only if s.type == "semi_nmf"]], 32, [], "made")
+    assert "− best |" not in alone
+
+
+def test_tables_of_labels_mark_members_that_are_not_k_sparse_and_put_them_last(tmp_path):
+    kept = store(tmp_path)
+    found = [row("concept_auc[max]", 0.7, 0.1, evaluator="concepts")]
+    member(tmp_path, kept, "a", found, type="semi_nmf", k=None)
+    member(tmp_path, kept, "b", found)
+    lines = labelled.page([tmp_path], "topk").splitlines()
+    rows = [line for line in lines if line.startswith("| **")]
+    assert [line.split(" | ")[0] for line in rows] == ["| **b**", "| **a**, not k-sparse"]

@@ -10,6 +10,7 @@ from saelab import dictionaries
 from saelab.dictionaries.supervised import Supervised
 from saelab.errors import ArtifactError, ConfigError, CorpusError
 from saelab.evals.concepts import ConceptsConfig, ConceptsEvaluator
+from saelab.evals.labelled import Measured
 from saelab.evals.probing import ProbingConfig, ProbingEvaluator
 from saelab.labels import labelled_documents, word_shares
 
@@ -75,6 +76,18 @@ def test_parts_are_disjoint_complete_and_of_the_stores_split():
         assert [found.classes[c] for c in part.targets.int().argmax(1).tolist()] == labels
 
 
+def test_no_film_lies_in_two_parts():
+    store = world()
+    store.films = [f"film {n % 5}-{n // 30}" for n in range(300)]  # six texts each, of one split
+    found = labelled_documents(store, "halves", at_most=None, per_class=5)
+    films = [{store.films[n] for n in p.documents.tolist()} for p in found.parts.values()]
+    assert sum(map(len, films)) == len(set.union(*films)) == 50
+    assert all(films)
+    few = labelled_documents(store, "halves", at_most=30, per_class=2)
+    for part, whole in few.parts.items():
+        assert set(whole.documents.tolist()) <= set(found.parts[part].documents.tolist())
+
+
 def test_fewer_documents_are_the_same_ones_whatever_else_the_store_holds():
     small, large = world(n=300), world(n=600)
     few = [
@@ -122,6 +135,30 @@ def test_a_label_whose_documents_keep_no_row_is_named():
     store._kept = lambda split: kept(split)[~gone[kept(split)]]
     with pytest.raises(CorpusError, match="class 1"):
         probing(store)
+    with pytest.raises(CorpusError, match="'class 1' keeps a row at site"):
+        supervised("mean_difference", store)
+
+
+@pytest.mark.parametrize("score", [probing, concepts])
+def test_only_the_labels_asked_for_are_scored_and_told_apart(score):
+    store, config = world(), {probing: PROBING, concepts: CONCEPTS}[score]
+    asked = config.model_copy(update={"labels": ("class 0", "class 2")})
+    name = score.__name__
+    rows = score(store, asked)
+    assert rows["corpus", f"{name}_labels"].value == 2
+    assert rows["corpus", f"{name}_documents"].value == 200
+    assert rows["corpus", f"{name}_documents_left_out"].value == 100
+    told = {n.partition("(")[2] for arm, n in rows if arm == "dictionary" and "(class" in n}
+    assert told == {"class 0)", "class 2)"}
+    for labels, message in (
+        (("class 0", "clas 1"), rf"{name}.labels: no document is labelled 'clas 1'.*'class 1'"),
+        (("class 0",), "only 'class 0' has"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            score(store, config.model_copy(update={"labels": labels}))
+    store.labels[10:] = [f"class {n % 2}" for n in range(290)]
+    with pytest.raises(ConfigError, match=rf"{name}.labels: class 2 have fewer than 5 documents"):
+        score(store, config.model_copy(update={"labels": ("class 0", "class 1", "class 2")}))
 
 
 def test_words_are_the_commonest_of_training_texts_and_shares_of_a_text():
@@ -169,6 +206,20 @@ def test_words_that_name_the_label_are_read_perfectly():
     assert lead.value == found["dictionary", "probe_accuracy[k=1,max]"].value - 1
 
 
+@pytest.mark.parametrize("arm", ["mean_difference", "linear_probe"])
+def test_a_labels_own_direction_is_a_probe_on_one_column(arm):
+    found = probing(world())
+    for pool in ("max", "mean"):
+        assert found[arm, f"probe_auc[k=1,{pool}]"].value == pytest.approx(1)
+        assert found["dictionary", f"probe_auc_over({arm})[k=1,{pool}]"].value == pytest.approx(0)
+        assert (arm, f"probe_auc[k=2,{pool}]") not in found
+    chance = probing(world(shuffled=True))
+    assert chance[arm, "probe_auc[k=1,max]"].value == pytest.approx(0.5, abs=0.12)
+    other = probing(world(), PROBING.model_copy(update={"ks": (2,)}))
+    assert (arm, "probe_auc[k=1,max]") in other
+    assert ("dictionary", f"probe_auc_over({arm})[k=2,max]") not in other
+
+
 def test_negative_codes_count_where_two_sides_do():
     store = world(sign=-1)
     two = probing(store)
@@ -210,6 +261,7 @@ def test_a_perfect_latent_is_found_and_detects_perfectly():
         assert found[arm, "concept_auc[mean](class 1)"].value == 1
         assert found[arm, "snmf_score"].value > 0.3
         assert found[arm, "snmf_clamped"].value == 0
+        assert found[arm, "snmf_positive"].value == 1
     for c in range(3):
         assert found["dictionary", f"concept_latent[max](class {c})"].value == c
     assert found["dictionary", "concept_candidates[max]"].value == 12
@@ -242,10 +294,31 @@ def test_the_best_of_many_is_at_chance_under_shuffled_labels():
     assert abs(score.value) < 4 * score.standard_error
 
 
+def test_random_directions_of_each_kind_stand_beside_a_latent():
+    found = concepts(world())
+    assert found["covariance_directions", "concept_candidates[max]"].value == 12
+    assert found["shuffled_labels", "concept_candidates[max]"].value == 40  # 20 a label, two sides
+    for arm in ("covariance_directions", "shuffled_labels"):
+        for metric in ("snmf_score", "concept_auc[mean]", "concept_auc[max](class 2)"):
+            assert (arm, metric) in found
+        assert ("dictionary", f"concept_auc_over({arm})[max]") in found
+    # variance along a single axis: all draws lie along it, so that only its label is told
+    g = torch.Generator().manual_seed(0)
+    store = world(noise=1e-3)
+    x = store._x[SITE]
+    x[:, 1:] *= 1e-3
+    alone = concepts(store, dictionary=Reads(6))
+    assert alone["covariance_directions", "concept_auc[max](class 0)"].value == 1
+    noise = Texts(torch.randn(300 * WINDOW, 6, generator=g), world().labels)
+    for arm in ("covariance_directions", "shuffled_labels"):
+        row = concepts(noise, replace_config(CONCEPTS, resamples=200))[arm, "concept_auc[mean]"]
+        assert abs(row.value - 0.5) < 4 * row.standard_error
+
+
 def test_drawn_candidates_are_as_many_for_every_arm():
     config = replace_config(CONCEPTS, candidates=4)
     found = concepts(world(), config)
-    for arm in ("dictionary", "raw", "random_directions"):
+    for arm in ("dictionary", "raw", "random_directions", "covariance_directions"):
         assert found[arm, "concept_candidates[max]"].value == 8
     assert found == concepts(world(), config)
 
@@ -262,6 +335,16 @@ def test_the_snmf_score_is_the_log_ratio_of_mean_largest_cosines_clamped():
     expected = torch.tensor(0.5**0.5 / 1e-3).log()
     assert found["raw", "snmf_score(a)"].value == pytest.approx(float(expected), abs=1e-5)
     assert found["raw", "snmf_clamped"].value > 0
+    # b has no axis: what is chosen for it lies along neither, both means are raised, and log 1 = 0
+    assert found["raw", "snmf_positive"].value == 0.5
+    assert ("raw", "snmf_positive(a)") not in found
+
+
+def test_a_share_above_zero_leaves_out_what_a_resample_does_not_know():
+    drawn = torch.tensor([[1.0, -1.0, 0.0], [torch.nan, -2.0, 3.0], [1.0, 1.0, 1.0]])
+    found = Measured(torch.tensor([0.2, -0.1, 0.0]), drawn).positive.mean
+    torch.testing.assert_close(found.values, torch.tensor([1 / 3]))
+    torch.testing.assert_close(found.replicates[:, 0], torch.tensor([1 / 3, 1 / 2, 1]))
 
 
 # --------------------------------------------------------------------------------------- supervised

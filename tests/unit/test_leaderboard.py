@@ -4,7 +4,7 @@ import io
 import math
 
 import pytest
-from fabricated import member, row, scores, store
+from fabricated import SITE, member, row, scores, store
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -144,3 +144,15 @@ def test_what_cannot_be_compared_is_refused(run, tmp_path):
     results = next((out / "results").glob("good-*"))
     with pytest.raises(ArtifactError, match="compare takes dictionaries"):
         leaderboard.named([results])
+
+
+def test_members_whose_codes_are_not_k_sparse_are_ranked_apart(tmp_path):
+    kept = store(tmp_path)
+    member(tmp_path, kept, "a", scores(32, 0.2))
+    member(tmp_path, kept, "b", scores(70, 0.1), type="semi_nmf", k=None)
+    text = leaderboard.markdown(leaderboard.scored(tmp_path), None)
+    first, second = text.split("## ")[1:]
+    assert "★ **a**" in first
+    assert "semi_nmf" not in first
+    assert second.startswith(f"{SITE}, 1 members on rows, codes that are not k-sparse")
+    assert "★ **b**" in second

@@ -11,8 +11,9 @@ from letters import as_lines, read, texts
 
 from saelab.errors import CorpusError
 from saelab.harvest import corpus as corpora
-from saelab.harvest import rated
+from saelab.harvest import newsgroups, rated
 from saelab.harvest.corpus import CorpusConfig
+from saelab.harvest.newsgroups import thread_of
 from saelab.harvest.sources import Request, records
 from saelab.types import is_heldout
 
@@ -62,6 +63,25 @@ def test_rated_sentences_have_a_sentiment_where_it_is_clear(tmp_path, monkeypatc
     ]
 
 
+def test_posts_under_one_subject_are_one_thread(tmp_path, monkeypatch):
+    subject = "re clipper chip in article apr bu edu anna writes no"
+    assert thread_of(subject) == thread_of("clipper chip announced") == "clipper chip"
+    assert thread_of("re re royals in article x writes hello") == "royals"
+    assert thread_of("one") == "one"
+    assert thread_of("re") == "re"
+    path = tmp_path / "posts.tab"
+    posts = [subject, "clipper chip announced", "re royals in article x writes hello"]
+    head = "Category\tText\nd\tstring\nclass\tmeta\n"
+    path.write_text(head + "".join(f"a\t{post}\n" for post in posts))
+    monkeypatch.setattr(newsgroups, "SOURCES", frozenset([str(path)]))
+    request = Request(str(path), "train", None, "Category", "file", False, "thread")
+    assert [r.group for r in records(request)] == ["clipper chip", "clipper chip", "royals"]
+    assert {r.label for r in records(request)} == {"a"}
+    monkeypatch.undo()
+    with pytest.raises(CorpusError, match="has no column 'thread'"):
+        list(records(request))
+
+
 @pytest.mark.parametrize("name", ["films.csv", "films.jsonl"])
 def test_texts_about_one_film_are_held_out_together(tmp_path, name):
     rows = [(f"{n:03d}" + "x" * 17, f"film {n % 9}") for n in range(45)]
@@ -73,6 +93,9 @@ def test_texts_about_one_film_are_held_out_together(tmp_path, name):
     wanted = {text: is_heldout(hashlib.sha256(f.encode()).hexdigest(), 0.3) for text, f in rows}
     windows, _ = read(source=str(path), tokens=900, context=20, split_field="film")
     assert {d.text: d.heldout for w in windows for d in w.begins} == wanted
+    hashes = {f"film {n}": hashlib.sha256(f"film {n}".encode()).hexdigest() for n in range(9)}
+    film = dict(rows)
+    assert all(d.split_hash == hashes[film[d.text]] for w in windows for d in w.begins)
     assert 0 < sum(wanted.values()) < 45
     with pytest.raises(CorpusError, match="has no column 'movie'"):
         read(source=str(path), tokens=900, split_field="movie")
@@ -85,7 +108,7 @@ def test_the_key_of_a_corpus_knows_what_splits_it_only_where_something_does(tmp_
         CorpusConfig.parse({"source": path, "tokens": 9, "split_field": "film"})
     )
     assert "split_field" not in plain
-    assert split == plain | {"split_field": "film"}
+    assert split == plain | {"split_field": "film", "keeps": "split_hash"}
 
 
 def test_a_folder_or_pattern_of_texts_is_one_document_per_file(tmp_path):

@@ -1,6 +1,7 @@
 """The store: what is written is what is read, in order and shuffled."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -78,6 +79,17 @@ def test_equal_stores_have_equal_bytes(tmp_path):
     x = torch.randn(32, 5)
     first, second = (write(tmp_path / n, [make_shard({A: x, B: x + 1})]) for n in "ab")
     assert artifacts.read_manifest(first) == artifacts.read_manifest(second)
+
+
+def test_a_document_keeps_whose_it_is_and_is_written_as_before_where_it_is_nobodys(tmp_path):
+    shard = make_shard({A: torch.randn(16, 5)})
+    film, other = replace(shard.documents[0], split_hash="f" * 64), shard.documents[1]
+    folder = write(tmp_path, [replace(shard, documents=(film, other))])
+    store = open_store(folder)
+    assert [store.document(n) for n in (0, 1)] == [replace(film, group=0), replace(other, group=1)]
+    lines = (folder / "documents-00000.jsonl").read_text().splitlines()
+    before = {"document", "group", "hash", "heldout", "label", "text"}
+    assert [json.loads(line).keys() - before for line in lines] == [{"split_hash"}, set()]
 
 
 def test_masks_are_kept_per_site(small):

@@ -175,6 +175,54 @@ def test_a_size_is_met_by_default_before_the_run_ends(store):
     assert 100 < fitted.facts["tokens_seen"] <= 480
 
 
+@pytest.fixture
+def slow_start(monkeypatch):
+    """A clock that stands, but for the five seconds that every beginning takes."""
+    time = [0.0]
+    kinds = {"itda": "begin_", "topk": "init_", "semi_nmf": "start"}
+
+    def slowly(begin):
+        def begun(*given):
+            time[0] += 5
+            return begin(*given)
+
+        return begun
+
+    for name, method in kinds.items():
+        kind = dictionaries.REGISTRY[name]
+        monkeypatch.setattr(kind, method, slowly(getattr(kind, method)))
+    for module in ("fit", "gradient", "solve", "streaming"):
+        monkeypatch.setattr(f"saelab.train.{module}.now", lambda: time[0])
+
+
+def test_seconds_of_the_beginning_are_kept_apart_and_through_a_crash(tmp_path, store, slow_start):
+    neurons = {"type": "semi_nmf", "d_in": 16, "d_sae": 4, "keep": 0.5, "iterations": 6}
+
+    def train(crash_in=None):
+        def crash(info):
+            if crash_in in info["members"] and info["step"] > 3:
+                raise _Stop
+
+        with ExitStack() as stack:
+            drafts = [
+                stack.enter_context(artifacts.open_draft(tmp_path, "dictionary", name, "0" * 64))
+                for name in "abc"
+            ]
+            wanted = zip("abc", (ITDA | {"d_sae": 12}, TOPK, neurons), drafts, strict=True)
+            members = [member(name, config, draft=draft) for name, config, draft in wanted]
+            return fit(members, store, SHORT, report=crash)
+
+    for name in "bc":
+        with pytest.raises(_Stop):
+            train(crash_in=name)
+    found = [fitted.provenance for fitted in train()]
+    assert [went["init_seconds"] for went in found] == [5, 5, 5]
+    assert [went["step_seconds"] for went in found] == [0, 0, 0]
+    itda, topk, solved = found
+    assert 0 < itda["resumed_at"] == itda["steps_taken"] < topk["steps_taken"] == 30
+    assert 0 < solved["resumed_at"] < solved["steps_taken"] == 6
+
+
 def test_a_learning_rate_is_refused_and_an_axis_of_them_is_not_taken(store):
     with pytest.raises(ConfigError, match="itda takes no gradient steps; drop lr"):
         fit([member(lr=1e-3)], store, SHORT)

@@ -14,7 +14,7 @@ from saelab import artifacts, dictionaries
 from saelab.dictionaries.base import BaseDictionary
 from saelab.dictionaries.topk import TopK, TopKConfig
 from saelab.errors import ConfigError, DivergedError, Interrupted, NonFiniteError, ShapeError
-from saelab.train import schedules
+from saelab.train import checkpoint, schedules
 from saelab.train.fit import Member, TrainConfig, fit
 
 TOPK = {"type": "topk", "d_in": 16, "d_sae": 24, "k": 2}
@@ -432,3 +432,12 @@ def test_wandb_that_is_not_installed_is_one_clear_error(monkeypatch):
     store, _ = planted_store(n=400)
     with pytest.raises(ConfigError, match=r"saelab\[wandb\]"):
         fit([member()], store, SHORT.model_copy(update={"wandb": "proj"}))
+
+
+@pytest.mark.parametrize("note", range(1, 64, 9))
+def test_a_checkpoints_tensors_are_aligned_however_long_its_header_is(tmp_path, note):
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(5.0)}
+    checkpoint.write(tmp_path, tensors, {"step": 1, "note": "x" * note})
+    found, _ = checkpoint.read(tmp_path)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
