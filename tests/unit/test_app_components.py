@@ -196,6 +196,7 @@ def test_the_command_serves_on_localhost_without_reporting_usage(tmp_path):
     assert "--server.port=8600" in line
     assert "--server.headless=true" in line
     assert "--browser.gatherUsageStats=false" in line
+    assert "--server.showEmailPrompt=false" in line  # which would wait for an answer
     assert line[-2:] == ["--", str(tmp_path.resolve())]
 
 
